@@ -32,7 +32,8 @@ INPUTS=("${SOURCES[@]}" requirements.txt build.sh)
 # What is asked for; requirements.txt has what follows from it, with hashes. A generator's code runs on its own protobuf
 # and all later ones, so the stubs come from an old one: they load on grpcio 1.51 as well as on today's.
 RUNTIME=(grpcio==1.85.1 protobuf==7.36.2)
-TEST=(pytest hypothesis PyYAML ruff mypy mypy-protobuf types-protobuf types-grpcio types-PyYAML)
+TEST=(pytest hypothesis PyYAML prometheus-client jsonschema kubernetes-validate 'cyclonedx-python-lib[json-validation]'
+    ruff mypy mypy-protobuf types-protobuf types-grpcio types-PyYAML types-jsonschema)
 STUBS=(grpcio-tools==1.62.3)
 UV=uv==0.13.9
 

@@ -8,7 +8,8 @@ How to read it, top to bottom:
   3. The harness: the kubelet, the plugin and a sysfs tree as seen from a test; nothing in it waits by sleeping.
   4. Unit tests.
   5. Tests of the fake kubelet itself, against a puppet of a plugin: a wrong kubelet would prove nothing.
-  6. Tests of the plugin: registration, health, calls for a Pod, command line.
+  6. Tests of the plugin: registration, health, calls for a Pod, command line, faults, operations.
+  7. Tests of the packed file. 8. Tests of README and daemonset.yaml. 9. Benchmarks.
 
 Numbers such as "contract 5" are the points of the kubelet contract.
 """
@@ -1438,9 +1439,12 @@ def refused(code: str, *words: str) -> Iterator[None]:
     assert not missing, f"{caught.value.message!r} does not say {missing}"
 
 
+SLACK = 5.0  # what a busy machine may add to a promised time; `./build.sh bench` has the times themselves
+
+
 def quick(seconds: float, limit: float, what: str) -> None:
-    """A bound on a time; the message has the figure."""
-    assert 0 <= seconds < limit, f"{what} took {seconds * 1000:.1f} ms, the bound is {limit * 1000:.0f} ms"
+    """Fails where something took several times its `limit`, so that it waits for what it should not; keeps the worst time."""
+    assert 0 <= seconds < SLACK * limit, f"{what} took {seconds * 1000:.1f} ms, promised are {limit * 1000:.0f} ms"
     WORST[what] = max(seconds, WORST.get(what, 0.0))
 
 
@@ -3603,3 +3607,23 @@ def test_flapping_card(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     lists = [event["devices"] for event in kubelet.seen("devices", resource=R150)]
     assert all(devices[chip.id] == "Healthy" for devices in lists for chip in N150[1:])
     assert len(kubelet.seen("register")) == 1
+
+
+########################################################################################################################
+# 6f. Tests of the plugin: HTTP, logs, CDI, labels
+########################################################################################################################
+
+
+########################################################################################################################
+# 7. Tests of the file: build, interpreters, image
+########################################################################################################################
+
+
+########################################################################################################################
+# 8. Tests of what README and daemonset.yaml say
+########################################################################################################################
+
+
+########################################################################################################################
+# 9. Benchmarks: python test_plugin.py --bench
+########################################################################################################################
