@@ -676,11 +676,16 @@ if __name__ == "__main__":
     fake_kubelet(sys.argv[1:])
     sys.exit()
 
+import datetime  # noqa: E402
+import fcntl  # noqa: E402
+import http.client  # noqa: E402
 import importlib  # noqa: E402
 import queue  # noqa: E402
 import shutil  # noqa: E402
+import struct  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
+import termios  # noqa: E402
 import textwrap  # noqa: E402
 import threading  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
@@ -691,6 +696,7 @@ import pytest  # noqa: E402
 import yaml  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 import tt_device_plugin as tt  # noqa: E402
 
@@ -1552,7 +1558,8 @@ def told(*readings: tuple[int | None, int | None]) -> list[str]:
     """The events over polls with these temperatures (C) and thermal trips, at a limit of 75 C."""
     pulse, words = None, []
     for now, (heat, trips) in enumerate(readings):
-        signs = tt.Signs(now, "", True, None if heat is None else heat * 1000, 75_000, trips)
+        read = {"temperature": heat and heat * 1000, "limit": 75_000, "trips": trips}
+        signs = tt.Signs(now, "", True, {name: value for name, value in read.items() if value is not None})
         after, found = tt.judge(pulse, tt.Sighting(sighting().chip, signs), now)
         assert found.kind == "ok", "no reading of a sensor is a verdict"
         words += tt.events(pulse or after, after)
@@ -1568,7 +1575,7 @@ def test_events() -> None:
     junk = told((54, None), (65535, None), (54, None), (65535, None))  # below 0 C, read as unsigned (facts, section 2)
     assert len(junk) == 1 and "ignored" in junk[0]
     assert [line[:14] for line in told((54, 2), (54, 3), (54, 3))] == ["was shut down "]
-    assert told((None, None), (None, 0xFFFFFFFF), (54, None)) == []
+    assert told((None, None), (None, 0xFFFFFFFF), (54, None)) == junk
 
 
 def test_thermal_trip_over_an_absence() -> None:
@@ -1577,7 +1584,7 @@ def test_thermal_trip_over_an_absence() -> None:
     snapshot, chip = tt.Snapshot(), sighting().chip
     for now, trips in enumerate((1, None, 2)):
         before = pulses
-        seen = [] if trips is None else [tt.Sighting(chip, tt.Signs(now, "", True, trips=trips))]
+        seen = [] if trips is None else [tt.Sighting(chip, tt.Signs(now, "", True, {"trips": trips}))]
         snapshot, pulses = tt.assess(snapshot, pulses, seen, tt.Settings(), now, now)
     assert [line[:14] for line in tt.events(before[chip.pci], pulses[chip.pci])] == ["was shut down "]
 
@@ -1590,7 +1597,7 @@ def test_old_drivers_are_left_alone(tree: Tree, driver: str, heartbeat: bool, re
     tree.add(replace(N150[0], heartbeat=heartbeat))
     chip = tt.identify(tree.sys, tt.find_chip(tree.sys, "tenstorrent!0"))
     signs = tt.sense(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev), chip, driver)
-    assert (signs.fault, signs.temperature_mc) == ("", 54300 if read else None)
+    assert (signs.fault, (signs.readings or {}).get("temperature")) == ("", 54300 if read else None)
 
 
 def test_junk_sensors(tree: Tree) -> None:
@@ -1602,7 +1609,8 @@ def test_junk_sensors(tree: Tree) -> None:
     tree.set(N150[0].bdf, "device/hwmon/hwmon10/in0_input", "3211313\n")
     signs = tt.sense(settings, chip, "2.10.0")
     pulse, found = tt.judge(None, tt.Sighting(chip, signs), 0.0)
-    assert signs.temperature_mc == 65535999 and pulse.junk == 1 and found.kind == "ok"
+    assert signs.readings and signs.readings["temperature"] == 65535999
+    assert pulse.junk == 2 and not {"temperature", "voltage"} & set(pulse.readings) and found.kind == "ok"
 
 
 def assess_all(
@@ -1855,7 +1863,7 @@ def test_list_as_an_expert_would_write_it(
         tree.add(chip)
         if chip.firmware == "255.255.255.255":
             tree.set(chip.bdf, "tt_heartbeat", "4294967295\n")
-    snapshot = tt.take_stock(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev))
+    snapshot = asyncio.run(tt.take_stock(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)))
     tt.print_list(snapshot, as_json=True)
     cards = json.loads(capsys.readouterr().out)
     assert len(cards) == len(expected)
@@ -3214,6 +3222,14 @@ BAD_FLAGS = [
     (["--resource-domain", "Tenstorrent_"], "--resource-domain"),
     (["--resource-domain", "kubernetes.io"], "--resource-domain"),
     (["--log-level", "loud"], "--log-level"),
+    (["--listen", "7762"], "--listen"),
+    (["--listen", "localhost:7762"], "--listen"),
+    (["--listen", "127.0.0.1"], "--listen"),
+    (["--listen", "127.0.0.1:70000"], "--listen"),
+    (["--listen", "::1:80"], "--listen"),
+    (["--listen", "user@127.0.0.1:80/x"], "--listen"),
+    (["--cdi-dir", "relative"], "--cdi-dir"),
+    (["--labels-dir", ""], "--labels-dir"),
     (["--json"], "--json"),
     (["--nonsense"], "--nonsense"),
     (["surplus"], "surplus"),
@@ -3264,7 +3280,8 @@ def test_version_and_help(command: list[str]) -> None:
     assert done.returncode == 0 and re.search(r"\d+\.\d+", done.stdout) and len(done.stdout.splitlines()) == 1
     done = run(command, "--help")
     assert done.returncode == 0
-    flags = "list json dry-run fake kubelet-dir sysfs-root dev-root poll-seconds resource-domain variants hugepages version"
+    flags = "list json dry-run fake kubelet-dir sysfs-root dev-root poll-seconds resource-domain variants hugepages version "
+    flags += "cdi-dir labels-dir listen log-format log-level"
     assert [flag for flag in flags.split() if f"--{flag}" not in done.stdout] == []
 
 
@@ -3612,6 +3629,596 @@ def test_flapping_card(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 ########################################################################################################################
 # 6f. Tests of the plugin: HTTP, logs, CDI, labels
 ########################################################################################################################
+
+
+def page(plugin: Plugin, path: str) -> tuple[int, str]:
+    """Status and text of one of the plugin's pages."""
+    port = re.search(r"INFO HTTP on port (\d+)", plugin.wait_for_line("INFO HTTP on port").text)
+    assert port
+    connection = http.client.HTTPConnection("127.0.0.1", int(port[1]), timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def samples(text: str) -> dict[str, float]:
+    """A metrics page as Prometheus reads it: 'name{label="value"}', labels sorted, -> value."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        assert family.type != "unknown" and family.documentation, family.name
+        for one in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(one.labels.items()))
+            name = f"{one.name}{{{labels}}}" if labels else one.name
+            assert name not in found, f"{name} twice"
+            found[name] = one.value
+    return found
+
+
+def chip_of(chip: Chip) -> str:
+    """The labels of a chip that is a card of its own."""
+    return f'{{card="{chip.id}",chip="{chip.bdf}"}}'
+
+
+@contextlib.contextmanager
+def polled(tree: Tree, *times: float, **settings: Any) -> Iterator[tuple[tt.Inventory, tt.Registrar]]:
+    """An inventory that has polled at these times (seconds of time.monotonic()), and the registrar that goes with it."""
+
+    async def registrar(inventory: tt.Inventory) -> tt.Registrar:
+        return tt.Registrar(inventory.settings, inventory, tt.Bell())
+
+    inventory = tt.Inventory(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev, **settings))
+    for now in times:
+        inventory.poll(now)
+    yield inventory, asyncio.run(registrar(inventory))
+
+
+def test_metrics_of_chips(tree: Tree) -> None:
+    """Each sensor in its base unit, by tt-telemetry's names; what cannot be is absent, and counted."""
+    for chip in (N150[0], replace(P300[0], n=5), replace(N150[2], card_type=None, asic_id=None, serial=None)):
+        tree.add(chip)
+    tree.set(N150[0].bdf, "device/hwmon/hwmon2/in0_input", "3211313\n")
+    tree.set(P300[0].bdf, "tt_therm_trip_count", "2\n")
+    tree.write(tree.root / "proc/driver/tenstorrent/0/pids", "17\n4711\n")
+    with polled(tree, 100.0, 101.0) as (inventory, registrar):
+        text = tt.metrics(inventory, registrar, 109.0)
+    found = samples(text)
+    n150, p300 = chip_of(N150[0]), f'{{card="{P300[0].id}",chip="{P300[0].bdf}"}}'
+    expected = {
+        "tt_asic_temperature_celsius": 54.3,
+        "tt_thermal_throttle_limit_celsius": 75.0,
+        "tt_ai_clock_mhz": 500.0,
+        "tt_tdp_w": 15.0,
+        "tt_tdc_a": 18.0,
+        "tt_vcore_v": None,
+        "tt_thermal_trips_total": None,
+        "tt_device_plugin_device_node_users": 2.0,
+        "tt_device_plugin_heartbeat_age_seconds": 9.0,
+        "tt_device_plugin_junk_readings_total": 1.0,
+    }
+    assert {name: found.get(name + n150) for name in expected} == expected
+    assert found["tt_thermal_trips_total" + p300] == 2
+    assert "tt_device_plugin_device_node_users" + p300 not in found
+    assert found[f'tt_device_plugin_card_healthy{{card="{N150[0].id}",kind="ok",resource="{R150}"}}'] == 1
+    assert found[f'tt_device_plugin_card_healthy{{card="{P300[0].id}",kind="half",resource=""}}'] == 0
+    assert found["tt_device_plugin_cards_not_offered"] == 2
+    assert found["tt_device_plugin_poll_duration_seconds_count"] == 2
+    (info,) = (name for name in found if name.startswith("tt_device_plugin_chip_info") and N150[0].bdf in name)
+    for fact in ("n150", "wormhole", N150[0].serial, N150[0].firmware, "/dev/tenstorrent/0"):
+        assert f'"{fact}"' in info
+
+
+def test_metrics_of_a_lost_card(tree: Tree) -> None:
+    """A card that is gone keeps its verdict and loses its readings: the last ones would be read as those of now."""
+    tree.add(N150[0])
+    with polled(tree, 100.0) as (inventory, registrar):
+        tree.remove(N150[0].bdf)
+        inventory.poll(101.0)
+        found = samples(tt.metrics(inventory, registrar, 101.0))
+    assert found[f'tt_device_plugin_card_healthy{{card="{N150[0].id}",kind="gone",resource="{R150}"}}'] == 0
+    assert found[f'tt_device_plugin_cards{{health="Unhealthy",resource="{R150}"}}'] == 1
+    assert not [name for name in found if name.endswith(chip_of(N150[0]))]
+
+
+def test_sensors_are_read_seldom(tree: Tree) -> None:
+    """They decide nothing, and cost more than the rest of a poll: every 5 s is enough (see SENSORS_S)."""
+    tree.add(N150[0])
+    heat = "tt_asic_temperature_celsius" + chip_of(N150[0])
+    with polled(tree, 100.0) as (inventory, registrar):
+        tree.set(N150[0].bdf, "device/hwmon/hwmon2/temp1_input", "60000\n")
+        inventory.poll(104.9)
+        assert samples(tt.metrics(inventory, registrar, 105.0))[heat] == 54.3
+        inventory.poll(105.0)
+        assert samples(tt.metrics(inventory, registrar, 105.0))[heat] == 60.0
+
+
+def test_metrics_escape() -> None:
+    """Any text may stand in a label."""
+    text = tt.family("x", "gauge", "A test.", [({"a": 'q"uote\\ and\nline', "b": ""}, 1.5)])
+    ((family,),) = (list(text_string_to_metric_families(text)),)
+    assert family.samples[0].labels == {"a": 'q"uote\\ and\nline', "b": ""} and family.samples[0].value == 1.5
+    assert tt.family("x", "gauge", "A test.", []) == ""
+
+
+PROMTOOL = shutil.which("promtool", path=f"{os.environ.get('PATH', '')}:{HERE / 'build/promtool/usr/bin'}")
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool (Debian: package prometheus)")
+def test_metrics_suit_promtool(tree: Tree) -> None:
+    """`promtool check metrics` has nothing to say about any name, type or unit."""
+    for chip in (*N150, *(replace(chip, n=chip.n + 4) for chip in P300)):
+        tree.add(chip)
+    tree.set(P300[0].bdf, "tt_therm_trip_count", "2\n")
+    tree.set(P300[0].bdf, "device/hwmon/hwmon6/fan1_input", "1200\n")
+    tree.write(tree.root / "proc/driver/tenstorrent/0/pids", "17\n")
+    with polled(tree, 100.0) as (inventory, registrar):
+        for key in (("registrations", R150, "start"), ("allocations", R150), ("refusals", R150, "Allocate", "NOT_FOUND")):
+            registrar.ledger.counts[key] += 1
+        text = tt.metrics(inventory, registrar, 101.0) + tt.process_metrics()
+    for metric in [*(sensor.metric for sensor in tt.SENSORS.values()), "tt_device_plugin_refusals_total", "process_open_fds"]:
+        assert f"\n{metric}" in text, f"{metric} is not checked"
+    done = subprocess.run([str(PROMTOOL), "check", "metrics"], input=text, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_metrics_of_a_galaxy(room: Path) -> None:
+    """32 cards are scraped in under 20 ms, in a few hundred series."""
+    tt.make_fake_tree(room, {"galaxy-wormhole": 32})
+    inventory = tt.Inventory(tt.Settings(sysfs_root=room / "sys", dev_root=room / "dev"))
+    inventory.poll(100.0)
+    inventory.pulses = {  # the made-up tree has no sensors: let each have them all
+        pci: replace(pulse, readings=dict.fromkeys(tt.SENSORS, 1)) for pci, pulse in inventory.pulses.items()
+    }
+
+    async def scrape() -> tuple[str, float]:
+        registrar = tt.Registrar(inventory.settings, inventory, tt.Bell())
+        began = time.monotonic()
+        text = tt.metrics(inventory, registrar, 101.0) + tt.process_metrics()
+        return text, time.monotonic() - began
+
+    text, _ = asyncio.run(scrape())
+    quick(min(asyncio.run(scrape())[1] for _ in range(5)), 0.020, "metrics of 32 cards, the best of 5")
+    assert 32 * len(tt.SENSORS) < len(samples(text)) < 32 * (len(tt.SENSORS) + 5) + 40
+
+
+def test_alive() -> None:
+    """/healthz: a dead polling thread or event loop counts; how long is long follows --poll-seconds."""
+    inventory = tt.Inventory(tt.Settings())
+    inventory.alive_at = inventory.watched_at = 1000.0
+    assert tt.alive(inventory, 1009.0) == (True, "ok: the last poll ended 9.0 s ago")
+    assert tt.alive(inventory, 1011.0) == (False, "stuck: the last poll ended 11 s ago.")
+    inventory.watched_at = 900.0
+    assert tt.alive(inventory, 1001.0) == (False, "stuck: the event loop ran last 101 s ago.")
+    inventory = tt.Inventory(tt.Settings(poll_seconds=60))
+    inventory.alive_at = inventory.watched_at = 1000.0
+    assert tt.alive(inventory, 1179.0)[0] and not tt.alive(inventory, 1181.0)[0]
+
+
+@module_only
+def test_pages(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """/readyz says what is missing, /metrics counts what happens, through the life of a node."""
+    kubelet.folder.mkdir(parents=True)
+    plugin = launch(four, kubelet, "--listen=127.0.0.1:0")
+    plugin.wait_for_line("no kubelet listens")
+    status, text = page(plugin, "/readyz")
+    assert status == 503 and R150 in text and "no kubelet listens" in text
+    assert page(plugin, "/healthz")[0] == 200, "a missing kubelet is nothing that a restart would mend"
+    kubelet.start()
+    kubelet.wait_status(R150, 4, 4)
+    plugin.wait_for_line("registered")
+    assert page(plugin, "/readyz") == (200, f"{R150}: registered\n")
+    mark, line = kubelet.log.mark(), plugin.log.mark()
+    kubelet.drop_stream(R150)
+    kubelet.wait_status(R150, 4, 4, after=mark)
+    plugin.wait_for_line("registered .* cause: stream-ended", after=line)
+    kubelet.allocate(R150, [N150[0].id])
+    with refused("NOT_FOUND"):
+        kubelet.allocate(R150, ["nonsense"])
+    found = samples(page(plugin, "/metrics")[1])
+    assert {name: value for name, value in found.items() if R150 in name and "card_healthy" not in name} == {
+        f'tt_device_plugin_registered{{resource="{R150}"}}': 1,
+        f'tt_device_plugin_registrations_total{{cause="start",resource="{R150}"}}': 1,
+        f'tt_device_plugin_registrations_total{{cause="stream-ended",resource="{R150}"}}': 1,
+        f'tt_device_plugin_cards{{health="Healthy",resource="{R150}"}}': 4,
+        f'tt_device_plugin_cards{{health="Unhealthy",resource="{R150}"}}': 0,
+        f'tt_device_plugin_allocations_total{{resource="{R150}"}}': 1,
+        f'tt_device_plugin_refusals_total{{call="Allocate",code="NOT_FOUND",resource="{R150}"}}': 1,
+    }
+    assert found["process_resident_memory_bytes"] > 10e6 and found["process_open_fds"] > 5
+    assert abs(found["process_start_time_seconds"] - time.time()) < 60 and found["process_cpu_seconds_total"] > 0.01
+    assert page(plugin, "/nonsense") == (404, "there is no such page: /healthz, /readyz, /metrics\n")
+    line = plugin.log.mark()
+    kubelet.stop()
+    plugin.wait_for_line("no kubelet listens", after=line)
+    status, text = page(plugin, "/readyz")
+    assert status == 503 and "not registered" in text
+    assert samples(page(plugin, "/metrics")[1])[f'tt_device_plugin_registered{{resource="{R150}"}}'] == 0
+
+
+@module_only
+def test_ready_without_cards_and_in_second_place(kubelet: Kubelet, tree: Tree, beating: Beating, launch: Launch) -> None:
+    """A node without cards is ready (story 10), and so is an instance that stands by: a rollout waits for it."""
+    kubelet.start()
+    first = launch(tree, kubelet, "--listen=127.0.0.1:0")
+    first.wait_for_line("no cards here")
+    assert page(first, "/readyz") == (200, "no cards to register: waiting for some to appear\n")
+    tree.add(N150[0])
+    kubelet.wait_status(R150, 1, 1)
+    second = launch(tree, kubelet, "--listen=127.0.0.1:0")
+    second.wait_for_line(STANDING_BY)
+    status, text = page(second, "/readyz")
+    assert status == 200 and "another instance serves" in text
+    mark = kubelet.log.mark()
+    first.end(signal.SIGKILL)
+    kubelet.wait_status(R150, 1, 1, after=mark)
+    second.wait_for_line(f"registered {R150}")
+    assert page(second, "/readyz") == (200, f"{R150}: registered\n")
+
+
+@module_only
+def test_pages_while_a_read_hangs(kubelet: Kubelet, four: Tree, beating: Beating, launch: Launch) -> None:
+    """A card whose driver hangs makes that card Unhealthy, not the plugin."""
+    kubelet.start()
+    plugin = launch(four, kubelet, "--listen=127.0.0.1:0")
+    kubelet.wait_status(R150, 4, 4)
+    beating.stop(N150[1].bdf)
+    heart = four.entry(N150[1].bdf) / "tt_heartbeat"
+    heart.unlink()
+    os.mkfifo(heart)
+    kubelet.wait_health(R150, N150[1].id, "Unhealthy", timeout=10)
+    assert page(plugin, "/healthz")[0] == 200 and page(plugin, "/readyz")[0] == 200
+    found = samples(page(plugin, "/metrics")[1])
+    assert found[f'tt_device_plugin_card_healthy{{card="{N150[1].id}",kind="read-hangs",resource="{R150}"}}'] == 0
+
+
+@module_only
+def test_pages_under_bad_clients(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """Clients that say nothing, or nonsense, hold up neither the kubelet nor the next client for long."""
+    kubelet.start()
+    plugin = launch(four, kubelet, "--listen=127.0.0.1:0")
+    kubelet.wait_status(R150, 4, 4)
+    port = int(plugin.wait_for_line("HTTP on port").text.split("port ")[1].split()[0])
+    for nonsense in (b"\0\xff" * 400 + b"\r\n\r\n", b"GET /metrics HTTP/9.9\r\n\r\n", b"PUT / HTTP/1.0\r\n\r\n", b"A" * 70_000):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client, contextlib.suppress(ConnectionError):
+            client.sendall(nonsense)
+            client.shutdown(socket.SHUT_WR)
+            assert b"metrics" not in client.recv(100)
+    with contextlib.ExitStack() as stack:
+        for _ in range(5 * tt.CONNECTIONS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        began = time.monotonic()
+        kubelet.allocate(R150, [N150[0].id])
+        quick(time.monotonic() - began, 0.050, "Allocate beside silent HTTP clients")
+    assert page(plugin, "/healthz")[0] == 200, "they have gone, and others are served"
+    assert not plugin.lines("traceback|exception")
+
+
+@module_only
+def test_port_is_taken(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """The cards are served without it; it is taken as soon as it is free."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        kubelet.start()
+        plugin = launch(four, kubelet, f"--listen=127.0.0.1:{other.getsockname()[1]}")
+        kubelet.wait_status(R150, 4, 4)
+        line = plugin.wait_for_line("no HTTP on port")
+        assert "Address already in use" in line.text and "trying again" in line.text
+    assert page(plugin, "/healthz")[0] == 200
+    assert len(plugin.lines("no HTTP")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [("127.0.0.1:80", "127.0.0.1", 80), (":7762", "", 7762), ("[::1]:0", "::1", 0), ("0.0.0.0:1", "0.0.0.0", 1)],
+)
+def test_listen_address(text: str, host: str, port: int) -> None:
+    """IPv4, IPv6, all."""
+    assert tt.address(text) == (host, port)
+
+
+def test_listens_everywhere() -> None:
+    """Without an address: on all of them, IPv4 and, where there is any, IPv6: a Pod's address may be of either kind."""
+    _, port = tt.listen(("", 0), {"/x": lambda: (True, "y")})
+    for host in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
+        connection = http.client.HTTPConnection(host, port, timeout=10)
+        connection.request("HEAD", "/x?z")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read(), answer.headers["Content-Length"]) == (200, b"", "2")
+
+
+INCIDENT = [
+    "INFO tt-device-plugin VERSION, Python VERSION, grpcio VERSION, driver 2.10.0; kubelet folder DIR/k/device-plugins, "
+    "sysfs DIR/sys, dev DIR/dev; cards: 2 n150",
+    "INFO card wormhole-0D0CB6F1E7A50001 (n150, /dev/tenstorrent/0) is Healthy",
+    "INFO card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/1) is Healthy",
+    "INFO registered tenstorrent.com/n150 with the kubelet: 2 cards, 2 healthy; socket tenstorrent-n150-XXXXXX.sock; "
+    "cause: start",
+    # the kubelet is stopped and started
+    "WARNING the kubelet's stream of tenstorrent.com/n150 has ended: registering again",
+    "WARNING no kubelet listens at DIR/k/device-plugins/kubelet.sock: waiting for it to start",
+    "INFO a kubelet answers at DIR/k/device-plugins/kubelet.sock",
+    "INFO registered tenstorrent.com/n150 with the kubelet: 2 cards, 2 healthy; socket tenstorrent-n150-XXXXXX.sock; "
+    "cause: stream-ended",
+    # a card is lost
+    "ERROR card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/1) is Unhealthy: it is gone from sysfs: in a reset, "
+    "unplugged, or the driver is unloaded; if it stays away, see dmesg",
+    # it comes back with another number
+    "INFO card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/5) is Healthy again, after N s",
+    # a Pod gets it
+    "INFO allocated card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/5)",
+    "INFO told to stop, and done",
+]
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+@module_only
+def test_incident_in_the_log(kubelet: Kubelet, tree: Tree, beating: Beating, launch: Launch, style: str) -> None:
+    """A kubelet's restart, a card's loss in a reset and its return read as a story: these lines and no others."""
+    for chip in N150[:2]:
+        tree.add(chip)
+    kubelet.start()
+    plugin = launch(tree, kubelet, f"--log-format={style}")
+    plugin.wait_for_line("registered")
+    line = plugin.log.mark()
+    kubelet.stop()
+    plugin.wait_for_line("no kubelet listens", after=line)
+    kubelet.start()
+    plugin.wait_for_line("cause: stream-ended", after=line)
+    chip = tree.remove(N150[1].bdf)
+    plugin.wait_for_line("is gone from sysfs")
+    tree.add(replace(chip, n=5))
+    plugin.wait_for_line("healthy again")
+    kubelet.allocate(R150, [chip.id])
+    plugin.wait_for_line("allocated")
+    plugin.end()
+    lines = plugin.lines()
+    if style == "json":
+        objects = [json.loads(line) for line in lines]
+        known = {"ts", "level", "msg", "card", "resource", "reason", "since"}
+        assert not [one for one in objects if set(one) - known or not {"ts", "level", "msg"} <= set(one)]
+        (lost,) = (one for one in objects if one["level"] == "error")
+        assert (lost["card"], lost["resource"]) == (chip.id, R150)
+        assert lost["reason"] in lost["msg"] and lost["since"] <= lost["ts"]
+        lines = [f"{one['ts']} {one['level'].upper()} {one['msg']}" for one in objects]
+    times = [datetime.datetime.fromisoformat(line.split()[0].replace("Z", "+00:00")) for line in lines]
+    assert times == sorted(times)
+    story = []
+    for each in lines:
+        text = each.split(" ", 1)[1].replace(str(tree.root), "DIR")
+        text = re.sub(r"(tt-device-plugin|Python|grpcio) \d+\.\d+\.\d+[^,;]*", r"\1 VERSION", text)
+        text = re.sub(r"n150-[0-9a-f]{6}\.sock", "n150-XXXXXX.sock", text)
+        story.append(re.sub(r"after [0-9]+ s", "after N s", text))
+    assert story == INCIDENT
+
+
+def on_a_terminal(command: list[str], columns: int, **environment: str) -> str:
+    """What a program writes to a terminal of so many columns, on stdout and stderr."""
+    leader, follower = os.openpty()
+    with open(leader, "rb", buffering=0) as terminal:
+        try:
+            fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
+            clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+            done = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=clean | environment)
+        finally:
+            os.close(follower)
+        text = b""
+        with contextlib.suppress(OSError):  # EIO: the program has ended, and nobody else has the terminal open
+            while piece := terminal.read(4096):
+                text += piece
+        assert done.wait(30) == 0, text
+    return text.decode().replace("\r\n", "\n")
+
+
+ANSI = re.compile(r"\033\[[0-9]*m")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@module_only
+def test_list_on_a_terminal(command: list[str], tree: Tree, columns: int) -> None:
+    """Healthy green, the rest in red or yellow, the reason in words; it fits, and what is left out is not what matters."""
+    tree.add(N150[0])
+    for chip in P300:
+        tree.add(replace(chip, n=chip.n + 4))
+    tree.add(replace(N150[1], heartbeat=True))
+    tree.set(N150[1].bdf, "tt_heartbeat", "4294967295\n")
+    tree.add(replace(N150[2], card_type=None, asic_id=None, serial=None, firmware=None, heartbeat=False, hwmon=False))
+    shown = on_a_terminal([*command, *tree.flags, "--list"], columns)
+    assert "\033[32mHealthy\033[0m" in shown and "\033[31mUnhealthy\033[0m" in shown and "\033[33mpending\033[0m" in shown
+    plain = ANSI.sub("", shown)
+    assert max(map(len, plain.splitlines())) <= columns, plain
+    for words in (N150[0].id, P300_ID, "not offered", "its PCIe bus answers all ones", "its telemetry is not there yet"):
+        assert words in " ".join(plain.split())
+    assert ("0000:03:00.0" in plain) == (columns == 120), plain
+    assert ANSI.sub("", on_a_terminal([*command, *tree.flags, "--list"], columns, NO_COLOR="1")) == plain
+    assert "\033" not in on_a_terminal([*command, *tree.flags, "--list"], columns, NO_COLOR="1")
+
+
+@module_only
+def test_list_while_a_read_hangs(command: list[str], tree: Tree) -> None:
+    """--list says which card it is, and does not hang with it."""
+    for chip in N150[:2]:
+        tree.add(chip)
+    heart = tree.entry(N150[0].bdf) / "tt_heartbeat"
+    heart.unlink()
+    os.mkfifo(heart)
+    first, second = json.loads(run(command, *tree.flags, "--list", "--json", timeout=20).stdout)
+    assert (first["id"], first["resource"]) == (N150[1].id, R150)
+    assert second["resource"] is None and "does not return" in second["reason"]
+
+
+CDI = "tenstorrent.com-card.json"
+
+
+def cdi_devices(path: Path) -> dict[str, list[str]]:
+    """The devices of a CDI specification: name -> host paths; "" for what has no such path."""
+    spec = json.loads(path.read_text())
+    assert (spec["cdiVersion"], spec["kind"]) == ("0.5.0", "tenstorrent.com/card")
+    return {one["name"]: [node["hostPath"] for node in one["containerEdits"]["deviceNodes"]] for one in spec["devices"]}
+
+
+@module_only
+def test_cdi(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """One specification: each card by ID and number, and all; in step with what is there; gone after the end (story 24)."""
+    kubelet.start()
+    folder = kubelet.root / "cdi"
+    plugin = launch(four, kubelet, "--cdi-dir", str(folder))
+    kubelet.wait_status(R150, 4, 4)
+    path = folder / CDI
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644 and stat.S_IMODE(folder.stat().st_mode) == 0o755
+    nodes = [f"/dev/tenstorrent/{chip.n}" for chip in N150]
+    each = {name: [node] for chip, node in zip(N150, nodes, strict=True) for name in (chip.id, str(chip.n))}
+    assert cdi_devices(path) == each | {"all": nodes}
+    answer = kubelet.allocate(R150, [N150[1].id])
+    assert [one["name"] for one in answer["cdi_devices"]] == [f"tenstorrent.com/card={N150[1].id}"]
+    assert [one["host_path"] for one in answer["devices"]] == [nodes[1]], "runtimes without CDI go by these"
+    mark = kubelet.log.mark()
+    chip = four.remove(N150[1].bdf)
+    kubelet.wait_health(R150, chip.id, "Unhealthy", after=mark)
+    assert chip.id not in cdi_devices(path) and len(cdi_devices(path)["all"]) == 3
+    four.add(replace(chip, n=7))
+    kubelet.wait_health(R150, chip.id, "Healthy", after=kubelet.log.mark())
+    assert cdi_devices(path)[chip.id] == ["/dev/tenstorrent/7"]
+    assert os.listdir(folder) == [CDI], "no draft is left"
+    plugin.end()
+    assert os.listdir(folder) == []
+
+
+@module_only
+def test_cdi_and_a_new_number(kubelet: Kubelet, tree: Tree, beating: Beating, launch: Launch) -> None:
+    """By CDI the container would get the new number, by the stored answer's link the old one: two nodes for one chip."""
+    tree.add(replace(N150[0], by_id=True))
+    kubelet.start()
+    launch(tree, kubelet, "--cdi-dir", str(kubelet.root / "cdi"))
+    kubelet.wait_status(R150, 1, 1)
+    kubelet.allocate(R150, [N150[0].id])
+    kubelet.pre_start(R150, [N150[0].id])
+    mark = kubelet.log.mark()
+    tree.remove(N150[0].bdf)
+    kubelet.wait_health(R150, N150[0].id, "Unhealthy", after=mark)
+    mark = kubelet.log.mark()
+    tree.add(replace(N150[0], by_id=True, n=4))
+    kubelet.wait_health(R150, N150[0].id, "Healthy", after=mark)
+    with refused("FAILED_PRECONDITION", "/dev/tenstorrent/0", "delete the Pod"):
+        kubelet.pre_start(R150, [N150[0].id])
+
+
+@module_only
+def test_cdi_is_not_written(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """A name that leads nowhere would stop the container: without the file there is none, with it again there is."""
+    kubelet.start()
+    folder = kubelet.root / "cdi"
+    folder.write_text("")  # a file where the folder should be
+    plugin = launch(four, kubelet, "--cdi-dir", str(folder))
+    kubelet.wait_status(R150, 4, 4)
+    assert f"cannot keep {folder}/{CDI}" in plugin.wait_for_line("cannot keep").text
+    assert "cdi_devices" not in {name for name, value in kubelet.allocate(R150, [N150[0].id]).items() if value}
+    folder.unlink()
+    plugin.wait_for_line(f"{CDI} is written again")
+    assert kubelet.allocate(R150, [N150[0].id])["cdi_devices"]
+    (folder / CDI).unlink()
+    assert not kubelet.allocate(R150, [N150[0].id]).get("cdi_devices")
+
+
+def test_kept_file(room: Path) -> None:
+    """Written when it should say something else or is gone; ours alone is removed."""
+    file = tt.KeptFile(room / "x/file")
+    file.keep("one")
+    first = file.path.stat()
+    file.keep("one")
+    assert file.path.stat() == first, "not written without need"
+    file.keep("two")
+    assert file.path.read_text() == "two" and file.current
+    file.path.unlink()
+    assert not file.current
+    file.keep("two")
+    assert file.path.read_text() == "two" and file.current
+    file.keep("")
+    assert not file.path.exists()
+    file.keep("three")
+    other = tt.KeptFile(file.path)  # of the instance that takes over
+    other.keep("three")
+    file.end()
+    assert other.current and not file.current
+    other.end()
+    other.keep("late")  # the polling thread's last word
+    assert not file.path.exists()
+
+
+@module_only
+def test_second_instance_writes_no_files(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """It leaves them to the one that serves, and has them when that has gone."""
+    kubelet.start()
+    flags = ["--cdi-dir", str(kubelet.root / "cdi"), "--labels-dir", str(kubelet.root / "labels")]
+    first = launch(four, kubelet, *flags)
+    kubelet.wait_status(R150, 4, 4)
+    path = kubelet.root / "cdi" / CDI
+    before = path.stat()
+    second = launch(four, kubelet, *flags)
+    second.wait_for_line(STANDING_BY)
+    assert path.stat() == before
+    mark = kubelet.log.mark()
+    first.end()
+    kubelet.wait_status(R150, 4, 4, after=mark)
+    second.wait_for_line("registered")
+    mark = kubelet.log.mark()
+    four.remove(N150[0].bdf)
+    kubelet.wait_health(R150, N150[0].id, "Unhealthy", after=mark)
+    assert len(cdi_devices(path)["all"]) == 3 and (kubelet.root / "labels/tt-device-plugin").exists()
+
+
+def labels_of(cards: dict[str, int], room: Path, **settings: Any) -> dict[str, str]:
+    """The labels of a node with such made-up cards."""
+    tt.make_fake_tree(room, cards)
+    inventory = tt.Inventory(tt.Settings(sysfs_root=room / "sys", dev_root=room / "dev", **settings))
+    inventory.poll(100.0)
+    return dict(line.split("=", 1) for line in tt.node_labels(inventory.settings, inventory.snapshot).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("cards", "topology"),
+    [
+        ({"n300": 4}, "t3000"),
+        ({"n300": 3}, None),
+        ({"n300": 4, "n150": 1}, None),
+        ({"galaxy-wormhole": 32}, "galaxy"),
+        ({"galaxy-blackhole": 32}, "galaxy"),
+        ({"galaxy-wormhole": 31}, None),
+        ({"p300": 2}, None),
+    ],
+)
+def test_labels(room: Path, cards: dict[str, int], topology: str | None) -> None:
+    """Per model the count and the firmware, the driver, and the topology where it is certain."""
+    expected = {f"tenstorrent.com/{model}.count": str(count) for model, count in cards.items()}
+    expected |= {f"tenstorrent.com/{model}.firmware": "19.5.0.0" for model in cards}
+    expected |= {"tenstorrent.com/driver-version": "2.10.0"}
+    if topology:
+        expected |= {"tenstorrent.com/topology": topology}
+    assert labels_of(cards, room) == expected
+
+
+def test_labels_are_valid(tree: Tree) -> None:
+    """Any driver's version becomes a label's value; two firmwares give none; no cards give no file."""
+    settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev, resource_domain="example.com")
+    snapshot = asyncio.run(tt.take_stock(settings))
+    assert tt.node_labels(settings, snapshot) == ""
+    tree.add(N150[0])
+    tree.add(replace(N150[1], firmware="19.5.0.0"))
+    tree.write(tree.sys / "module/tenstorrent/version", "2.10.1~pre+x-\n")
+    snapshot = asyncio.run(tt.take_stock(settings))
+    assert tt.node_labels(settings, snapshot) == "example.com/n150.count=2\nexample.com/driver-version=2.10.1_pre_x\n"
+
+
+@module_only
+def test_labels_file(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """Written for Node Feature Discovery's worker to read, removed at a clean exit."""
+    kubelet.start()
+    folder = kubelet.root / "features.d"
+    plugin = launch(four, kubelet, "--labels-dir", str(folder))
+    kubelet.wait_status(R150, 4, 4)
+    (path,) = folder.iterdir()
+    assert path.name == "tt-device-plugin" and stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert "tenstorrent.com/n150.count=4\n" in path.read_text()
+    plugin.end()
+    assert not path.exists()
 
 
 ########################################################################################################################

@@ -34,9 +34,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -52,9 +54,11 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from resource import RLIMIT_NOFILE, getpagesize, getrlimit
+from typing import Any, NamedTuple, TextIO, TypeVar, cast
 
 import google.protobuf.message
 import grpc
@@ -64,6 +68,8 @@ import api_pb2 as api
 import api_pb2_grpc as rpc
 
 __version__ = "0.1.0"
+
+STARTED = time.time()
 
 log = logging.getLogger("tt-device-plugin")
 
@@ -79,6 +85,9 @@ class Settings:
     resource_domain: str = "tenstorrent.com"
     variants: bool = False
     hugepages: str = "auto"
+    cdi_dir: Path | None = None
+    labels_dir: Path | None = None
+    listen: tuple[str, int] | None = None  # "" for all addresses
     fake: bool = False
 
     @property
@@ -91,15 +100,15 @@ class Trouble:
     """A lasting problem in the log: said once when it begins or becomes another one, and once when it is over."""
 
     def __init__(self) -> None:
-        self._problem = ""
+        self.problem = ""
 
     def is_now(self, problem: str, over: str = "") -> None:
         """`problem` is a sentence, or "" when there is none (any more); then `over` is said, if there was one."""
-        if problem and problem != self._problem:
+        before, self.problem = self.problem, problem
+        if problem and problem != before:
             log.warning("%s", problem)
-        elif self._problem and not problem and over:
+        elif before and not problem and over:
             log.info("%s", over)
-        self._problem = problem
 
 
 # ======================================================================================================================
@@ -124,6 +133,34 @@ SYSFS_ATTRIBUTE_BYTES = 4096
 
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of a read that are this process's or host's trouble: they say nothing about a chip, and end the poll."""
+
+SENSORS_S = 5.0
+"""How often sensors are read: they decide nothing, and cost more than all the rest of a poll."""
+
+
+class Sensor(NamedTuple):
+    """One reading of a chip."""
+
+    file: str  # below the class device's folder; hwmon/ stands for that of the PCI device, proc/ for tt-kmd's in /proc
+    highest: int  # more cannot be: junk of stale telemetry, of a dead bus, or of a value below 0 read as unsigned
+    scale: int  # what to divide by for the metric's unit
+    metric: str  # as the vendor's tt-telemetry has it, where it has it and Prometheus' conventions allow it
+    help: str
+
+
+SENSORS = {
+    "temperature": Sensor("hwmon/temp1_input", 150_000, 1000, "tt_asic_temperature_celsius", "Temperature of the chip."),
+    "limit": Sensor("hwmon/temp1_max", 150_000, 1000, "tt_thermal_throttle_limit_celsius", "Where it throttles."),
+    "clock": Sensor("tt_aiclk", 5_000, 1, "tt_ai_clock_mhz", "AI clock."),
+    "power": Sensor("hwmon/power1_input", 2_000_000_000, 1_000_000, "tt_tdp_w", "Power that the chip draws."),
+    "current": Sensor("hwmon/curr1_input", 2_000_000, 1000, "tt_tdc_a", "Current that the chip draws."),
+    "voltage": Sensor("hwmon/in0_input", 5_000, 1000, "tt_vcore_v", "Core voltage."),
+    "fan": Sensor("hwmon/fan1_input", 50_000, 1, "tt_fan_speed_rpm", "Speed of the board's fan."),
+    "trips": Sensor("tt_therm_trip_count", 0xFFFFFFFE, 1, "tt_thermal_trips_total", "Shutdowns by critical temperature."),
+    "users": Sensor("proc/pids", 4096, 1, "tt_device_plugin_device_node_users", "Processes that have the device node open."),
+}
+"""Units, and junk that was seen: tt-kmd telemetry.c 2.10.0, tt-kmd#213, #121, tt-metal#30055. tt-telemetry's names:
+docs.tenstorrent.com/tt-telemetry. /proc/driver/tenstorrent/N/pids has a process id a line (tt-kmd 2.5.0, chardev.c)."""
 
 CLASS_ENTRY = re.compile(r"tenstorrent!(0|[1-9][0-9]{0,5})")
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
@@ -180,9 +217,7 @@ class Signs(NamedTuple):
     heartbeat: int | None = None  # None: there is no such file, or nothing sensible in it
     fault: str = ""  # a kind of FAULTS that needs no history, "" if none
     heartbeat_read: bool = False  # the file exists: a heartbeat of None is then a failed read
-    temperature_mc: int | None = None  # of the chip, in thousandths of a degree Celsius
-    limit_mc: int | None = None  # where its firmware begins to throttle
-    trips: int | None = None  # shutdowns by critical temperature since power was switched on (Blackhole)
+    readings: Mapping[str, int] | None = None  # by names of SENSORS, as read; None: this poll did not look
 
 
 class Sighting(NamedTuple):
@@ -285,8 +320,8 @@ def identify(sysfs: Path, chip: Chip) -> Chip:
     )
 
 
-def sense(settings: Settings, chip: Chip, driver: str) -> Signs:
-    """One poll's look at a chip: its device node, heartbeat and temperature. May hang with the driver.
+def sense(settings: Settings, chip: Chip, driver: str, sensors: bool = True) -> Signs:
+    """One poll's look at a chip: its device node and heartbeat, and `sensors` if wanted. May hang with the driver.
 
     A driver before 2.7 has no heartbeat, and could oops the kernel when read from while the chip goes (tt-kmd a972eed): of
     it nothing is read once the chip is identified. Opening a file that is not there does not reach the driver.
@@ -302,15 +337,30 @@ def sense(settings: Settings, chip: Chip, driver: str) -> Signs:
         signs = Signs(None, fault, error.errno != errno.ENOENT)
     if not signs.fault and not is_device_node(settings.dev_root / f"tenstorrent/{chip.index}", chip.dev):
         signs = signs._replace(fault="no-node")
-    if signs.fault in ("", "no-node") and (signs.heartbeat_read or version(driver) >= (2, 7)):
-        # Found anew each time: a reset makes another hwmonX, and old drivers left the dead one behind (tt-kmd#25).
-        sensors = max((entry / "device/hwmon").glob("hwmon*"), key=lambda path: number(path.name[5:]) or 0, default=entry)
-        signs = signs._replace(
-            temperature_mc=number(attribute(sensors / "temp1_input")),
-            limit_mc=number(attribute(sensors / "temp1_max")),
-            trips=number(attribute(entry / "tt_therm_trip_count")),
-        )
+    if sensors and signs.fault in ("", "no-node") and (signs.heartbeat_read or version(driver) >= (2, 7)):
+        signs = signs._replace(readings=read_sensors(settings.sysfs_root, chip))
     return signs
+
+
+def read_sensors(sysfs: Path, chip: Chip) -> dict[str, int]:
+    """What a chip's sensors say, by names of SENSORS; what is missing or no number is left out. May hang with the driver."""
+    entry = class_device(sysfs, chip.index)
+    # Found anew each time: a reset makes another hwmonX, and old drivers left the dead one behind (tt-kmd#25).
+    hwmon = max((entry / "device/hwmon").glob("hwmon*"), key=lambda path: number(path.name[5:]) or 0, default=entry)
+    proc = sysfs.parent / f"proc/driver/tenstorrent/{chip.index}"  # beside sysfs, also where both are mounted elsewhere
+    readings = {}
+    for name, sensor in SENSORS.items():
+        place, _, file = sensor.file.rpartition("/")
+        try:
+            text = read_attribute({"hwmon": hwmon, "proc": proc}.get(place, entry) / file)
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
+            continue
+        value = len(text.split()) if place == "proc" else number(text)
+        if value is not None:
+            readings[name] = value
+    return readings
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -365,9 +415,6 @@ TELEMETRY_S = 130.0
 """Time from a chip's appearance in which its telemetry may still come: the driver asks 120 times, once a second
 (tt-kmd wormhole.c, since 2.4.0)."""
 
-HOTTEST_MC = 150_000
-"""More is no temperature of a chip but junk, from stale telemetry or one below 0 read as unsigned (tt-kmd#213, #121)."""
-
 COOL_MC = 3_000
 """How far below its limit a throttling chip must come before it counts as cool: one log line, not one a second."""
 
@@ -417,7 +464,8 @@ class Pulse:
     fault: str = ""  # why
     hot: bool = False  # it throttles
     junk: int = 0  # readings outside physical range so far, which are ignored
-    trips: int | None = None  # see Signs; the only thing that outlives the chip's absence
+    readings: Mapping[str, int] = field(default_factory=dict)  # the newest ones that can be, by names of SENSORS
+    trips: int | None = None  # the newest reading of this name; the only thing that outlives the chip's absence
 
 
 def judge(pulse: Pulse | None, sighting: Sighting, now: float) -> tuple[Pulse, Verdict]:
@@ -455,12 +503,16 @@ def judge(pulse: Pulse | None, sighting: Sighting, now: float) -> tuple[Pulse, V
 
 def feel(pulse: Pulse, signs: Signs) -> Pulse:
     """`pulse` with what the sensors say. That never is a verdict: throttling is the firmware's way of staying well."""
-    heat, limit = signs.temperature_mc, signs.limit_mc
-    if heat is not None and heat > HOTTEST_MC:
-        pulse = replace(pulse, junk=pulse.junk + 1)
-    elif heat is not None and limit is not None and 0 < limit <= HOTTEST_MC:
+    if signs.fault not in ("", "no-node"):
+        return replace(pulse, readings={})
+    if signs.readings is None:
+        return pulse
+    readings = {name: value for name, value in signs.readings.items() if value <= SENSORS[name].highest}
+    pulse = replace(pulse, readings=readings, junk=pulse.junk + len(signs.readings) - len(readings))
+    heat, limit = readings.get("temperature"), readings.get("limit")
+    if heat is not None and limit:
         pulse = replace(pulse, hot=heat > (limit - COOL_MC if pulse.hot else limit))
-    return pulse if signs.trips in (None, 0xFFFFFFFF) else replace(pulse, trips=signs.trips)
+    return replace(pulse, trips=readings.get("trips", pulse.trips))
 
 
 def events(before: Pulse, now: Pulse) -> list[str]:
@@ -521,6 +573,7 @@ class Snapshot:
     cards: tuple[Card, ...] = ()  # ordered by resource, then PCI address; those not offered last
     numa_nodes: tuple[int, ...] = ()  # of the host
     driver: str = ""  # version of tt-kmd, "" if not loaded
+    polled: bool = False  # False: nothing has been looked at yet
 
     def of(self, resource: str) -> dict[str, Card]:
         """The cards of one resource by ID."""
@@ -671,48 +724,54 @@ HOST: Place = ("", (0, 0))  # what belongs to no chip
 class Inventory:
     """The newest snapshot, and the thread that makes it."""
 
-    def __init__(self, settings: Settings, changed: Callable[[Snapshot, Snapshot], object] = lambda old, new: None) -> None:
-        """`changed` is called in the polling thread after each poll that changed a card, and after the first, with the last
-        snapshot and the new one."""
+    def __init__(self, settings: Settings, polled: Callable[[Snapshot, Snapshot], object] = lambda old, new: None) -> None:
+        """`polled` is called in the polling thread after each poll, with the last snapshot and the new one."""
         self.settings = settings
         self.snapshot = Snapshot()
-        self._changed = changed
+        self.pulses: dict[str, Pulse] = {}  # what is remembered of each chip, by PCI address; replaced, never changed
+        self.trouble = Trouble()  # why the last poll failed
+        self.alive_at = self.watched_at = time.monotonic()  # last sign of life of the polling thread, and of the event loop
+        self.polls, self.polls_s = 0, 0.0  # how many there were, and how long they took in all
+        self._polled = polled
+        self._sensed = -math.inf  # when sensors were read last
         self._seen: dict[str, Chip] | None = None  # class entry -> chip as identified; None before the first poll
         self._functions: list[Chip] = []  # see bare_functions()
-        self._pulses: dict[str, Pulse] = {}
         self._stuck: set[Place] = set()  # where a read hangs
         self._reading: tuple[Place, int] | None = None  # where the polling thread reads now, and which read it is
         self._reads = itertools.count()
         self._thread: threading.Thread | None = None
-        self._trouble = Trouble()
         self._lock = threading.Lock()  # held for assignments only, never during a read
 
     def poll(self, now: float) -> None:
         """One pass: reads, judges, publishes. Only an OSError that is no chip's fault comes out (no descriptors, ...)."""
         sysfs, last = self.settings.sysfs_root, self.snapshot
-        sightings, seen = self._look(self._seen or {})
-        host, functions = last, self._functions
+        sensors = now - self._sensed >= SENSORS_S
+        if sensors:
+            self._sensed = now
+        sightings, seen = self._look(self._seen or {}, sensors)
+        host, functions = replace(last, polled=True), self._functions
         there = {sighting.chip.pci for sighting in sightings}
         bare = any(chip.pci not in there for chip in functions)  # such a one may go, or change its driver, at any time
         if (seen != self._seen or bare) and HOST not in self._stuck:
             with self._watched(HOST):
                 driver = attribute(sysfs / "module/tenstorrent/version", re.compile(r"[\w.+~-]{1,40}"))
-                host = replace(last, numa_nodes=host_numa_nodes(sysfs), driver=driver)
+                host = replace(host, numa_nodes=host_numa_nodes(sysfs), driver=driver)
                 functions = bare_functions(sysfs)
         sightings += [Sighting(chip, Signs(fault="no-driver")) for chip in functions if chip.pci not in there]
-        new, pulses = assess(host, self._pulses, sightings, self.settings, now, time.time())
+        new, pulses = assess(host, self.pulses, sightings, self.settings, now, time.time())
         with self._lock:
             if self._thread not in (None, threading.current_thread()):
                 return  # the watchdog has replaced this thread: what it has read is out of date
-            first, before = self._seen is None, self._pulses
-            self.snapshot, self._seen, self._pulses, self._functions = new, seen, pulses, functions
-        if first or new.cards != last.cards:
-            self._changed(last, new)
+            before = self.pulses
+            self.snapshot, self._seen, self.pulses, self._functions = new, seen, pulses, functions
+        self.alive_at = time.monotonic()
+        self.polls, self.polls_s = self.polls + 1, self.polls_s + self.alive_at - now
+        self._polled(last, new)
         for pci, pulse in pulses.items():
             for event in events(before.get(pci, pulse), pulse):
                 log.warning("chip %s %s", pci, event)
 
-    def _look(self, before: Mapping[str, Chip]) -> tuple[list[Sighting], dict[str, Chip]]:
+    def _look(self, before: Mapping[str, Chip], sensors: bool) -> tuple[list[Sighting], dict[str, Chip]]:
         """This poll's sightings, and the chips by class entry, as they were `before` where they are the same."""
         sysfs = self.settings.sysfs_root
         sightings: list[Sighting] = []
@@ -730,7 +789,7 @@ class Inventory:
                 with self._watched((name, chip.stamp)):
                     if not chip.dev or not chip.identified:  # new, or its telemetry was not there
                         seen[name] = chip = identify(sysfs, chip)
-                    sightings.append(Sighting(chip, sense(self.settings, chip, self.snapshot.driver)))
+                    sightings.append(Sighting(chip, sense(self.settings, chip, self.snapshot.driver, sensors)))
             except (OSError, ValueError) as error:  # vanished between listing and reading, or no chip at all
                 if isinstance(error, OSError) and error.errno in SHORTAGES:
                     raise
@@ -759,23 +818,30 @@ class Inventory:
         while self._thread is threading.current_thread():
             try:
                 self.poll(time.monotonic())
-                self._trouble.is_now("", "the cards can be looked for again")
+                self.trouble.is_now("", "the cards can be looked for again")
             except OSError as error:
-                self._trouble.is_now(f"cannot look for cards, the last list stands: {error}")
+                self.trouble.is_now(f"cannot look for cards, the last list stands: {error}")
             except Exception:  # a defect must cost one poll, not all that follow
                 log.exception("a poll failed, the last list stands")
             time.sleep(self.settings.poll_seconds)
 
     def start(self) -> None:
         """Starts the polling thread, or one that takes the place of a hanging one."""
+        self.alive_at = time.monotonic()
         # A daemon: one that hangs in a read must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="poll", daemon=True)
         self._thread.start()
+
+    def stop(self) -> None:
+        """Lets the polling thread end, after a poll that is under way; that one is not published any more."""
+        with self._lock:
+            self._thread = threading.main_thread()
 
     async def watch(self) -> None:
         """The watchdog: gives up on a polling thread whose read hangs, and polls on in a new one without that chip."""
         last, ticks = None, 0
         while True:
+            self.watched_at = time.monotonic()
             await asyncio.sleep(0.25)
             reading = self._reading
             ticks = ticks + 1 if reading is not None and reading == last else 0
@@ -790,7 +856,7 @@ class Inventory:
 
 def report(old: Snapshot, new: Snapshot) -> None:
     """Logs what changed between two snapshots, one line a card."""
-    if not new.cards:
+    if not new.cards and (old.cards or not old.polled):
         log.info("no cards here, driver %s: waiting for some to appear", new.driver or "not loaded")
     before = {card.id: card for card in old.cards}
     for card in new.cards:
@@ -844,6 +910,15 @@ def malformed(sentence: str) -> Refusal:
 def unfit(card: Card, sentence: str) -> Refusal:
     """The card cannot be used now."""
     return Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{card}: {sentence}")
+
+
+class Ledger:
+    """What this process has done so far, across all registrations. Written on the event loop alone, read in any thread."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, ...]] = Counter()  # (metric, label values ...) -> how often
+        self.allocated: dict[str, list[str]] = {}  # card given out by number, not by link -> its device nodes then
+        self.cdi: KeptFile | None = None  # see cdi_spec
 
 
 def listing(snapshot: Snapshot, resource: str) -> api.ListAndWatchResponse:
@@ -1025,12 +1100,11 @@ class DevicePlugin(rpc.DevicePluginServicer):
     for each Register, and nobody else knows this socket's name yet.
     """
 
-    def __init__(self, inventory: Inventory, bell: Bell, resource: str, allocated: dict[str, list[str]]) -> None:
-        """`allocated` outlives this object: for each card that Allocate has given out by number, its device nodes then."""
+    def __init__(self, inventory: Inventory, bell: Bell, resource: str, ledger: Ledger) -> None:
         self.inventory = inventory
         self.bell = bell
         self.resource = resource
-        self.allocated = allocated
+        self.ledger = ledger
         self.opened = asyncio.Event()
         self.ended = asyncio.Event()
         self.closing = False
@@ -1089,11 +1163,15 @@ class DevicePlugin(rpc.DevicePluginServicer):
                 cards = pick(snapshot, self.resource, ids)
                 granted = answer.container_responses.add()
                 granted.CopyFrom(grant(self.inventory.settings, self.resource, cards))
-                by_number = any("/by-id/" not in device.host_path for device in granted.devices)
+                if self.ledger.cdi is not None and self.ledger.cdi.current:  # a name that leads nowhere stops the container
+                    granted.cdi_devices.extend(api.CDIDevice(name=f"{CDI_KIND}={card.id}") for card in cards)
+                # A CDI device node has its number of the container's start, the link's path inside that of now.
+                by_number = granted.cdi_devices or any("/by-id/" not in device.host_path for device in granted.devices)
                 for card in cards:
-                    self.allocated.pop(card.id, None)
+                    self.ledger.allocated.pop(card.id, None)
                     if by_number:
-                        self.allocated[card.id] = card.device_nodes
+                        self.ledger.allocated[card.id] = card.device_nodes
+                self.ledger.counts["allocations", self.resource] += 1
                 log.info("allocated %s", ", ".join(map(str, cards)), extra={"resource": self.resource})
             return answer
 
@@ -1109,7 +1187,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
                 require_healthy(card)
                 for chip in card.chips:
                     host_path(self.inventory.settings, card, chip)
-                then = self.allocated.get(card.id, card.device_nodes)
+                then = self.ledger.allocated.get(card.id, card.device_nodes)
                 if then != card.device_nodes:
                     raise unfit(card, f"it was {', '.join(then)} when this Pod was admitted: delete the Pod, so that a new one "
                                       "gets the right device (/dev/tenstorrent/by-id on the host avoids this)")  # fmt: skip
@@ -1122,6 +1200,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         try:
             return decide()
         except Refusal as refusal:
+            self.ledger.counts["refusals", self.resource, call, refusal.code.name] += 1
             log.warning("%s of %s refused: %s", call, self.resource, refusal, extra={"resource": self.resource})
             return await context.abort(refusal.code, str(refusal))
 
@@ -1171,20 +1250,22 @@ class Stay:
     def __init__(self, settings: Settings) -> None:
         self.folder = settings.plugin_dir
         self.held = False
+        self.second = ""  # says so, if another instance held it at the last look
+        self.trouble = Trouble()
         self._fd = -1
-        self._trouble = Trouble()
         self._turn = asyncio.Lock()  # the loops of all resources ask
 
     async def hold(self) -> None:
         """Returns when the lock is held, on the folder that is there now."""
         async with self._turn:
-            while problem := self._try():
-                self._trouble.is_now(problem)
+            while problem := self.look():
+                self.trouble.is_now(problem)
                 await asyncio.sleep(PACE_S)
-            self._trouble.is_now("", f"{self.folder} is there, and no other instance serves it")
+            self.trouble.is_now("", f"{self.folder} is there, and no other instance serves it")
 
-    def _try(self) -> str:
+    def look(self) -> str:
         """One try: "" if the lock is held, else what it waits for."""
+        self.second = ""
         try:
             if self._fd >= 0 and not os.path.samestat(os.fstat(self._fd), os.stat(self.folder)):
                 self.release()  # the folder has been deleted and made anew: our lock is on the deleted one
@@ -1199,7 +1280,8 @@ class Stay:
             self.release()
             return f"{self.folder} is not there yet: waiting for a kubelet that makes it"
         except BlockingIOError:
-            return f"another instance serves {self.folder}: standing by until it ends"
+            self.second = f"another instance serves {self.folder}: standing by until it ends"
+            return self.second
         except OSError as error:
             return f"cannot lock {self.folder}: {error.strerror}"
 
@@ -1247,6 +1329,7 @@ async def kubelet_at(path: Path, failed: Identity | None, patience_s: float, tro
     """
     loop = asyncio.get_running_loop()
     until = loop.time() + patience_s
+    absent = f"no kubelet listens at {path}: waiting for it to start"
     while True:
         try:
             identity = identity_of(path)
@@ -1254,9 +1337,9 @@ async def kubelet_at(path: Path, failed: Identity | None, patience_s: float, tro
                 if listens(path):
                     trouble.is_now("", f"a kubelet answers at {path}")
                     return identity
-                trouble.is_now(f"nobody listens at {path}: waiting for the kubelet to start")
+                trouble.is_now(absent)
         except FileNotFoundError:
-            trouble.is_now(f"there is no {path}: waiting for the kubelet to start")
+            trouble.is_now(absent)
         except OSError as error:
             trouble.is_now(f"cannot reach the kubelet at {path}: {error.strerror}")
         await asyncio.sleep(PACE_S)
@@ -1302,6 +1385,9 @@ async def register(kubelet: Path, endpoint: str, resource: str) -> None:
         await rpc.RegistrationStub(channel).Register(request, timeout=REGISTER_S)
 
 
+NOT_YET = "waiting for the kubelet's answer"
+
+
 class NoStream(Exception):
     """The kubelet has accepted a registration, but has not opened its stream."""
 
@@ -1314,7 +1400,18 @@ class Registrar:
         self.inventory = inventory
         self.bell = bell
         self.stay = Stay(settings)
-        self.allocated: dict[str, list[str]] = {}  # see DevicePlugin
+        self.ledger = Ledger()
+        self._registered: set[str] = set()
+        self._absent = Trouble()  # there is no kubelet
+        self._refused: dict[str, Trouble] = {}  # resource -> there is one, which has not registered it
+
+    def states(self) -> dict[str, str]:
+        """Each resource of this node -> "" if it is registered, else why not. Callable in any thread."""
+        states = {}
+        for resource, refused in dict(self._refused).items():
+            why = self.stay.trouble.problem or self._absent.problem or refused.problem or NOT_YET
+            states[resource] = "" if resource in self._registered else why
+        return states
 
     async def run(self) -> None:
         """One keep() for each resource there is, until cancelled; then all of them are closed."""
@@ -1327,6 +1424,8 @@ class Registrar:
                         tasks[resource] = asyncio.create_task(self.keep(resource), name=resource)
                 if gone := [resource for resource in tasks if resource not in wanted]:
                     await end(tasks.pop(resource) for resource in gone)
+                    for resource in gone:
+                        del self._refused[resource]
                 else:
                     await self.bell.wait()
         finally:
@@ -1336,36 +1435,41 @@ class Registrar:
     async def keep(self, resource: str) -> None:
         """The loop. Whatever goes wrong in one registration, the next one follows."""
         path = self.settings.plugin_dir / "kubelet.sock"
-        absent, refused = Trouble(), Trouble()
+        refused = self._refused[resource] = Trouble()
         failed, failures, drops, cause = None, 0, 0, "start"
         while True:
             try:
                 await self.stay.hold()
-                failed = kubelet = await kubelet_at(path, failed, min(PATIENCE_S, PACE_S * 2**failures), absent)
+                failed = kubelet = await kubelet_at(path, failed, min(PATIENCE_S, PACE_S * 2**failures), self._absent)
                 began = time.monotonic()
                 await self.once(path, kubelet, resource, cause)
-                failed, failures, cause = None, 0, "the kubelet's stream has ended"
+                failed, failures, cause = None, 0, "stream-ended"
                 refused.is_now("")
                 # A stream that is dropped again and again: soon, but not in a busy loop.
                 drops = min(drops + 1, 5) if time.monotonic() - began < 1 else 0
                 await asyncio.sleep(min(0.03, 0.001 * 2**drops) if drops else 0)
                 continue
             except NoStream:
+                cause = "no-stream"
                 problem = f"the kubelet has accepted it, but has ended, or opened no stream within {STREAM_S:.0f} s"
             except grpc.aio.AioRpcError as error:
+                cause = "register-failed"
                 problem = f"the kubelet has not registered it: {error.code().name}: {error.details()}"
             except OSError as error:
+                cause = "no-socket"
                 problem = f"{error.strerror} {error.filename or ''}".rstrip()
             except Exception as error:  # a defect must cost one try, not the resource
                 log.exception("registering %s failed", resource)
+                cause = "defect"
                 problem = repr(error)
                 await asyncio.sleep(PACE_S)
-            failures, cause = min(failures + 1, 10), "an earlier try has failed"
+            failures = min(failures + 1, 10)
             refused.is_now(f"{resource}: {problem}; trying again, for ever")
 
     async def once(self, path: Path, kubelet: Identity, resource: str, cause: str) -> None:
-        """One registration, from its socket to the end of its stream. Raises AioRpcError, NoStream, OSError."""
-        plugin = DevicePlugin(self.inventory, self.bell, resource, self.allocated)
+        """One registration, from its socket to the end of its stream; `cause`: what ended the last one. Raises AioRpcError,
+        NoStream, OSError."""
+        plugin = DevicePlugin(self.inventory, self.bell, resource, self.ledger)
         async with serving(plugin, self.settings.plugin_dir, resource.partition("/")[2]) as endpoint:
             await register(path, endpoint, resource)
             until = time.monotonic() + STREAM_S
@@ -1379,7 +1483,12 @@ class Registrar:
             healthy = sum(card.verdict.health == HEALTHY for card in cards)
             text = "registered %s with the kubelet: %d cards, %d healthy; socket %s; cause: %s"
             log.info(text, resource, len(cards), healthy, endpoint, cause, extra={"resource": resource, "reason": cause})
-            await plugin.ended.wait()
+            self.ledger.counts["registrations", resource, cause] += 1
+            self._registered.add(resource)
+            try:
+                await plugin.ended.wait()
+            finally:
+                self._registered.discard(resource)
             log.warning("the kubelet's stream of %s has ended: registering again", resource, extra={"resource": resource})
 
 
@@ -1394,15 +1503,33 @@ async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
 
 
 # ======================================================================================================================
-# 6. Operations: logging
+# 6. Operations: the log; /healthz, /readyz and /metrics; files for other tools (CDI, node labels)
+#
+# None of it is in the way of sections 1 to 5: HTTP has threads of its own, files are written by the polling thread, and what
+# fails here is said in the log and tried again, while the cards go on being served.
 # ======================================================================================================================
+
+COLOURS = {"ERROR": "31", "WARNING": "33", UNHEALTHY: "31", PENDING: "33", HEALTHY: "32"}
+"""Log level or health -> ANSI colour."""
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people: time, level, message; the level in colour on a terminal."""
+
+    def __init__(self, coloured: bool) -> None:
+        super().__init__()
+        self.coloured = coloured
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and a traceback below it."""
+        return f"{utc(record.created)} {paint(record.levelname, self.coloured)} {super().format(record)}"
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line, with the keys ts, level, msg, and card, resource, reason, since where the line has them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; a traceback goes into `exception`."""
+        """The line; a traceback goes into `exception`."""
         line: dict[str, Any] = {"ts": utc(record.created), "level": record.levelname.lower(), "msg": record.getMessage()}
         for key in ("card", "resource", "reason"):
             if value := getattr(record, key, None):
@@ -1414,6 +1541,16 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+def paint(word: str, coloured: bool) -> str:
+    """`word` in its colour of COLOURS, if it is to be coloured and has one."""
+    return f"\033[{COLOURS[word]}m{word}\033[0m" if coloured and word in COLOURS else word
+
+
+def on_terminal(stream: TextIO) -> bool:
+    """Whether to use colours there (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
 def utc(seconds: float) -> str:
     """time.time() as an RFC 3339 text of whole seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
@@ -1422,9 +1559,7 @@ def utc(seconds: float) -> str:
 def set_up_logging(style: str, level: str) -> None:
     """Logs to stderr: `text`, or `json`."""
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    text.converter = time.gmtime
-    handler.setFormatter(JsonFormatter() if style == "json" else text)
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter(on_terminal(sys.stderr)))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("grpc._cython.cygrpc").addFilter(in_one_line)
@@ -1435,6 +1570,329 @@ def in_one_line(record: logging.LogRecord) -> bool:
     if record.exc_info and isinstance(record.exc_info[1], google.protobuf.message.DecodeError):
         record.msg, record.args, record.exc_info = f"refused a malformed request: {record.exc_info[1]}", (), None
     return True
+
+
+STALE_S = 10.0
+"""A poll, or a look of the watchdog, that is older than this and than three polls is a sign that the plugin is stuck. A read
+that hangs delays a poll by about 2 s, and is then given up."""
+
+
+def alive(inventory: Inventory, now: float) -> tuple[bool, str]:
+    """/healthz: whether this process does its work, in words. Cards in trouble do not count, nor does a missing kubelet."""
+    limit = max(STALE_S, 3 * inventory.settings.poll_seconds)
+    for what, last in (("the last poll ended", inventory.alive_at), ("the event loop ran last", inventory.watched_at)):
+        if now - last > limit:
+            return False, f"stuck: {what} {now - last:.0f} s ago. {inventory.trouble.problem}".rstrip()
+    return True, f"ok: the last poll ended {max(0.0, now - inventory.alive_at):.1f} s ago"
+
+
+def ready(snapshot: Snapshot, registrar: Registrar) -> tuple[bool, str]:
+    """/readyz: whether there is nothing left to do but wait, in words, a line for each resource."""
+    if registrar.stay.second:
+        return True, registrar.stay.second
+    if not snapshot.polled:
+        return False, "the first poll has not ended yet"
+    states = registrar.states()
+    missing = {resource: NOT_YET for resource in snapshot.resources if resource not in states}
+    lines = [f"{resource}: {f'not registered: {why}' if why else 'registered'}" for resource, why in (states | missing).items()]
+    return not any((states | missing).values()), "\n".join(sorted(lines)) or "no cards to register: waiting for some to appear"
+
+
+Sample = tuple[Mapping[str, str], float]
+
+
+def family(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
+    """One metric in Prometheus' text format, version 0.0.4; "" without samples."""
+    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+    escape = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    for labels, value in samples:
+        inside = ",".join(f'{key}="{label.translate(escape)}"' for key, label in labels.items())
+        lines.append(f"{name}{{{inside}}} {value}" if inside else f"{name} {value}")
+    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
+
+
+def metrics(inventory: Inventory, registrar: Registrar, now: float) -> str:
+    """/metrics. As many series as there are cards and chips, each name once; a reading that cannot be is absent.
+
+    `now` is time.monotonic(). Names of the vendor's exporter, tt-telemetry, where it has one that Prometheus allows.
+    """
+    snapshot, pulses, states = inventory.snapshot, inventory.pulses, registrar.states()
+    counts = dict(registrar.ledger.counts)
+    by_health = Counter((card.resource, card.verdict.health) for card in snapshot.cards)
+    chips = [
+        ({"card": card.id, "chip": chip.pci}, card, chip, pulses.get(chip.pci))
+        for card in snapshot.cards
+        for chip in card.chips
+    ]
+
+    def counted(metric: str, *labels: str) -> list[Sample]:
+        return [(dict(zip(labels, key[1:], strict=True)), value) for key, value in counts.items() if key[0] == metric]
+
+    ours = "tt_device_plugin_"
+    versions = {"version": __version__, "python": sys.version.split()[0], "grpcio": grpc.__version__, "driver": snapshot.driver}
+    text = [
+        family(ours + "info", "gauge", "Versions; always 1.", [(versions, 1)]),
+        family(
+            *(ours + "registered", "gauge", "Whether the kubelet keeps the stream of the resource open."),
+            [({"resource": resource}, int(not why)) for resource, why in states.items()],
+        ),
+        family(
+            *(ours + "registrations_total", "counter", "Registrations, by what ended the one before."),
+            counted("registrations", "resource", "cause"),
+        ),
+        family(
+            *(ours + "cards", "gauge", "Cards that are offered, by health."),
+            [
+                ({"resource": resource, "health": health}, by_health[resource, health])
+                for resource in snapshot.resources
+                for health in (HEALTHY, UNHEALTHY)
+            ],
+        ),
+        family(
+            *(ours + "cards_not_offered", "gauge", "Cards that are not offered; --list says why."),
+            [({}, sum(card.resource is None for card in snapshot.cards))],
+        ),
+        family(ours + "allocations_total", "counter", "Allocate calls granted.", counted("allocations", "resource")),
+        family(ours + "refusals_total", "counter", "Calls refused.", counted("refusals", "resource", "call", "code")),
+        family(
+            *(ours + "card_healthy", "gauge", "Whether a card is Healthy and offered; kind says why not."),
+            [
+                (
+                    {"card": card.id, "resource": card.resource or "", "kind": card.verdict.kind},
+                    int(card.verdict.health == HEALTHY and card.resource is not None),
+                )
+                for card in snapshot.cards
+            ],
+        ),
+        family(
+            *(ours + "chip_info", "gauge", "Facts of a chip; always 1."),
+            [
+                (
+                    labels
+                    | {"model": card.model, "arch": chip.arch, "serial": chip.serial, "firmware": chip.firmware}
+                    | {"device_node": f"/dev/tenstorrent/{chip.index}" if chip.index >= 0 else ""},
+                    1,
+                )
+                for labels, card, chip, _ in chips
+            ],
+        ),
+        family(
+            *(ours + "heartbeat_age_seconds", "gauge", "Time since the chip's heartbeat was last seen to change."),
+            [(labels, now - pulse.changed) for labels, _, _, pulse in chips if pulse and pulse.beat is not None],
+        ),
+        family(
+            *(ours + "junk_readings_total", "counter", "Readings of a chip that cannot be, and were ignored."),
+            [(labels, pulse.junk) for labels, _, _, pulse in chips if pulse],
+        ),
+    ]
+    for name, sensor in SENSORS.items():
+        samples = [
+            (labels, pulse.readings[name] / sensor.scale) for labels, _, _, pulse in chips if pulse and name in pulse.readings
+        ]
+        text.append(family(sensor.metric, "counter" if sensor.metric.endswith("_total") else "gauge", sensor.help, samples))
+    seconds = ours + "poll_duration_seconds"
+    text.append(f"# HELP {seconds} Time that polls took.\n# TYPE {seconds} summary\n")
+    text.append(f"{seconds}_sum {inventory.polls_s}\n{seconds}_count {inventory.polls}\n")
+    return "".join(text)
+
+
+def process_metrics() -> str:
+    """What Prometheus' client libraries say of their process, by the same names."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return "".join(
+        family(name, kind, text, [({}, value)])
+        for name, kind, text, value in (
+            ("process_cpu_seconds_total", "counter", "CPU time, user and system.", time.process_time()),
+            ("process_resident_memory_bytes", "gauge", "Resident memory.", pages * getpagesize()),
+            ("process_open_fds", "gauge", "Open file descriptors.", len(os.listdir("/proc/self/fd"))),
+            ("process_max_fds", "gauge", "Limit of open file descriptors.", getrlimit(RLIMIT_NOFILE)[0]),
+            ("process_start_time_seconds", "gauge", "When the process started, Unix time.", STARTED),
+        )
+    )
+
+
+CONNECTIONS = 16
+"""HTTP connections served at once, each for at most 5 s: a kubelet's probes and a few scrapers. More are closed."""
+
+
+def listen(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool, str]]]) -> tuple[str, int]:
+    """Answers GET of `pages`, path -> (200 or 503, text), in threads of their own. Returns the address. Raises OSError."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # 2 MB that only --listen needs
+
+    class Handler(BaseHTTPRequestHandler):
+        server_version, sys_version, timeout = f"tt-device-plugin/{__version__}", "", 5
+
+        def do_GET(self) -> None:
+            page, status = pages.get(self.path.partition("?")[0]), HTTPStatus.OK
+            try:
+                fine, text = page() if page else (False, f"there is no such page: {', '.join(pages)}")
+                status = HTTPStatus.NOT_FOUND if not page else status if fine else HTTPStatus.SERVICE_UNAVAILABLE
+            except Exception as error:  # a defect of a page must be seen, in the page and in the log
+                log.exception("%s failed", self.path)
+                status, text = HTTPStatus.INTERNAL_SERVER_ERROR, repr(error)
+            body = text.encode() + b"\n" * (not text.endswith("\n"))
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            log.debug("HTTP %s: " + format, self.address_string(), *args)
+
+    class Server(ThreadingHTTPServer):
+        threads = threading.BoundedSemaphore(CONNECTIONS)
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            return self.threads.acquire(blocking=False)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                self.threads.release()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            log.debug("HTTP %s: %r", client_address, sys.exc_info()[1])
+
+    host, port = address
+    everywhere = not host and socket.has_dualstack_ipv6()  # a Pod's address may be of either kind
+    kind = socket.AF_INET6 if everywhere or ":" in host else socket.AF_INET
+    bound = socket.create_server((host, port), family=kind, dualstack_ipv6=everywhere)
+    server = Server(address, Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = bound
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    return cast("tuple[str, int]", bound.getsockname()[:2])
+
+
+class KeptFile:
+    """A file for other tools, kept to what it should say. Written by rename, so that nobody ever reads half of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._text = ""
+        self._written: tuple[int, int, int] | None = None  # device, inode and time of what this process has written
+        self._trouble = Trouble()
+        self._ended = False
+        self._lock = threading.Lock()  # the polling thread keeps it, the event loop ends it
+
+    @property
+    def current(self) -> bool:
+        """Whether the file is there, and is the one that this process wrote last."""
+        try:
+            return self._written is not None and self._identity(os.stat(self.path)) == self._written
+        except OSError:
+            return False
+
+    def keep(self, text: str) -> None:
+        """Makes the file say `text`, or removes it if that is "". To be called again and again: what fails is tried again."""
+        with self._lock:
+            if self._ended or (text == self._text and (not text or self.current)):
+                return
+            try:
+                if text:
+                    self._write(text)
+                elif self.current:  # else it is not ours: another instance may have taken it over
+                    os.unlink(self.path)
+                self._text = text
+                self._trouble.is_now("", f"{self.path} is written again")
+            except OSError as error:
+                self._trouble.is_now(f"cannot keep {self.path}: {error.strerror}; trying again")
+
+    def end(self) -> None:
+        """Removes the file, if it is ours, for good."""
+        self.keep("")
+        self._ended = True
+
+    def _write(self, text: str) -> None:
+        folder = self.path.parent
+        if not folder.is_dir():
+            folder.mkdir()
+            folder.chmod(0o755)
+        new = folder / f".{self.path.name}.new"  # not .json: CDI runtimes also read files whose names begin with a dot
+        new.write_text(text)
+        new.chmod(0o644)
+        self._written = self._identity(os.stat(new))
+        os.replace(new, self.path)
+
+    @staticmethod
+    def _identity(status: os.stat_result) -> tuple[int, int, int]:
+        return (status.st_dev, status.st_ino, status.st_mtime_ns)
+
+
+CDI_KIND = "tenstorrent.com/card"
+
+CDI_FILE = "tenstorrent.com-card.json"
+
+CDI_VERSION = "0.5.0"
+"""The lowest one that has hostPath and names that begin with a digit (CDI SPEC.md); podman 4.3 takes none above."""
+
+
+def cdi_spec(settings: Settings, snapshot: Snapshot) -> str:
+    """The CDI specification of the healthy cards: each by its ID and by the N of each of its chips, and all of them as `all`.
+
+    "" if there is none, as a specification without devices is invalid. Its device nodes are never links: a runtime refuses
+    these. So they move with N, and PreStartContainer sees to it that a stored answer does not name two of them.
+    """
+    devices: dict[str, list[Card]] = {}
+    for card in snapshot.cards:
+        if card.resource is not None and card.verdict.health == HEALTHY:
+            for name in (card.id, *(str(chip.index) for chip in card.chips), "all"):
+                devices.setdefault(name, []).append(card)
+    if not devices:
+        return ""
+    spec = {
+        "cdiVersion": CDI_VERSION,
+        "kind": CDI_KIND,
+        "devices": [{"name": name, "containerEdits": cdi_edits(settings, cards)} for name, cards in sorted(devices.items())],
+    }
+    return json.dumps(spec, indent=2) + "\n"
+
+
+def cdi_edits(settings: Settings, cards: Sequence[Card]) -> dict[str, Any]:
+    """What a runtime has to do to a container that gets `cards`."""
+    nodes = [f"/dev/tenstorrent/{chip.index}" for card in cards for chip in card.chips]
+    edits: dict[str, Any] = {
+        "deviceNodes": [
+            {"path": node, "hostPath": os.devnull if settings.fake else node, "permissions": "rw"} for node in nodes
+        ]
+    }
+    if wants_hugepages(settings, cards):
+        edits["mounts"] = [{"hostPath": HUGEPAGES, "containerPath": HUGEPAGES, "options": ["rbind", "rw"]}]
+    return edits
+
+
+LABELS_FILE = "tt-device-plugin"
+
+
+def node_labels(settings: Settings, snapshot: Snapshot) -> str:
+    """Node Feature Discovery's features.d file: facts that change seldom, so no health. "" without cards."""
+    labels: dict[str, str] = {}
+    for resource in snapshot.resources:
+        cards, model = snapshot.of(resource).values(), resource.partition("/")[2]
+        labels[f"{model}.count"] = str(len(cards))
+        firmware = {chip.firmware for card in cards for chip in card.chips}
+        if len(firmware) == 1:
+            labels[f"{model}.firmware"] = firmware.pop()
+    if labels:
+        labels |= {"driver-version": snapshot.driver, "topology": topology(snapshot)}
+    # A label's value: at most 63 letters, digits and -_. , with no sign at either end (Kubernetes; others are dropped by NFD).
+    clean = {name: re.sub("[^A-Za-z0-9_.-]", "_", value)[:63].strip("-_.") for name, value in labels.items()}
+    return "".join(f"{settings.resource_domain}/{name}={value}\n" for name, value in clean.items() if value)
+
+
+def topology(snapshot: Snapshot) -> str:
+    """What the offered cards make up, by tt-metal's names, where their number and places leave no doubt; else ""."""
+    cards = [card for card in snapshot.cards if card.resource is not None]
+    models = Counter(card.model for card in cards)
+    if models == {"n300": 4}:
+        return "t3000"  # also called QuietBox: the same four cards and cables
+    trays = {card.chips[0].tray for card in cards}
+    return "galaxy" if len(models) == 1 and len(cards) == len(trays) == 32 and None not in trays else ""
 
 
 # ======================================================================================================================
@@ -1539,6 +1997,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resource-domain", type=domain, default=default.resource_domain, metavar="D", help="default: %(default)s")
     add("--variants", action="store_true", help="keep the variant letter: p150a, p150b and p150c are otherwise all p150")
     add("--hugepages", choices=["auto", "always", "never"], default="auto", help="mount the host's 1 GiB pages; default: auto")
+    add("--cdi-dir", type=folder, metavar="DIR", help=f"keep a CDI specification there, {CDI_FILE}; usual: /var/run/cdi")
+    add("--labels-dir", type=folder, metavar="DIR", help="keep a file of node labels there for Node Feature Discovery")
+    add("--listen", type=address, metavar="ADDR:PORT", help="answer HTTP: /healthz, /readyz, /metrics; :PORT for all addresses")
     add("--log-format", choices=["text", "json"], default="text", help="default: text")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default: info")
     versions = f"tt-device-plugin {__version__} (Python {sys.version.split()[0]}, grpcio {grpc.__version__}, "
@@ -1551,6 +2012,16 @@ def folder(text: str) -> Path:
     if not text.startswith("/") or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not an absolute path")
     return Path(text)
+
+
+def address(text: str) -> tuple[str, int]:
+    """Where to listen: an IP address, "" for all, and a port, 0 for any. Raises argparse.ArgumentTypeError."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(f"//{text}")
+        host = str(ipaddress.ip_address(parts.hostname)) if parts.hostname else ""
+        if parts.netloc == text and parts.port is not None and "@" not in text:
+            return host, parts.port
+    raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 127.0.0.1:7762, [::1]:7762, or :7762 for all")
 
 
 def poll_seconds(text: str) -> float:
@@ -1617,11 +2088,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 make_fake_tree(top, options.fake)
                 settings = replace(settings, sysfs_root=top / "sys", dev_root=top / "dev", fake=True)
             if options.list:
-                print_list(take_stock(settings), options.json)
+                print_list(asyncio.run(take_stock(settings)), options.json)
                 return 0
             if options.dry_run:
                 kubelet_dir = Path(stack.enter_context(temporary_folder("tt-dry-run-")))
-                return asyncio.run(dry_run(replace(settings, kubelet_dir=kubelet_dir)))
+                alone = replace(settings, kubelet_dir=kubelet_dir, cdi_dir=None, labels_dir=None, listen=None)
+                return asyncio.run(dry_run(alone))
             if options.fake:
                 log.info("made-up cards in %s: remove a tenstorrent!N in sys/class/tenstorrent to see one vanish", top)
             return asyncio.run(serve(settings))
@@ -1669,38 +2141,87 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> int:
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, stop.set)
     bell = Bell()
+    cdi = KeptFile(settings.cdi_dir / CDI_FILE) if settings.cdi_dir else None
+    labels = KeptFile(settings.labels_dir / LABELS_FILE) if settings.labels_dir else None
 
-    def changed(old: Snapshot, new: Snapshot) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
-            loop.call_soon_threadsafe(bell.ring)
-        report(old, new)
+    def polled(old: Snapshot, new: Snapshot) -> None:
+        if not registrar.stay.second:  # two instances would overwrite each other's files
+            if cdi:
+                cdi.keep(cdi_spec(settings, new))
+            if labels:
+                labels.keep(node_labels(settings, new))
+        if not old.polled:
+            introduce(settings, new)
+        if new.cards != old.cards or not old.polled:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+                loop.call_soon_threadsafe(bell.ring)
+            report(old, new)
 
-    inventory = Inventory(settings, changed)
-    log.info(
-        "tt-device-plugin %s, Python %s, grpcio %s; kubelet folder %s, sysfs %s, dev %s",
-        *(__version__, sys.version.split()[0], grpc.__version__),
-        *(settings.plugin_dir, settings.sysfs_root, settings.dev_root),
-    )
+    inventory = Inventory(settings, polled)
+    registrar = Registrar(settings, inventory, bell)
+    registrar.ledger.cdi = cdi
+    registrar.stay.look()
     os.umask(0o077)  # sockets for root alone: the folder may be open to more
     inventory.start()
-    tasks = [asyncio.create_task(each) for each in (Registrar(settings, inventory, bell).run(), inventory.watch())]
+    tasks = [asyncio.create_task(each) for each in (registrar.run(), inventory.watch(), open_pages(inventory, registrar))]
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
     await end(tasks)
     for task in tasks:  # none of them returns by itself: what ended it is a defect, and must be seen
         if not task.cancelled():
             task.result()
+    inventory.stop()
+    for file in (cdi, labels):
+        if file:
+            file.end()
     log.info("told to stop, and done")
     return 0
 
 
-def take_stock(settings: Settings) -> Snapshot:
-    """The snapshot of one poll. Raises CannotWork."""
+def introduce(settings: Settings, snapshot: Snapshot) -> None:
+    """The first line of the log: what runs, where, and what it has found."""
+    cards = Counter(card.model or "of unknown model" for card in snapshot.cards)
+    log.info(
+        "tt-device-plugin %s, Python %s, grpcio %s, driver %s; kubelet folder %s, sysfs %s, dev %s; cards: %s",
+        *(__version__, sys.version.split()[0], grpc.__version__, snapshot.driver or "not loaded"),
+        *(settings.plugin_dir, settings.sysfs_root, settings.dev_root),
+        ", ".join(f"{count} {model}" for model, count in sorted(cards.items())) or "none",
+    )
+
+
+async def open_pages(inventory: Inventory, registrar: Registrar) -> None:
+    """Opens the HTTP pages, if they are wanted. Trying again if the port is taken: the instance before may still have it."""
+    pages = {
+        "/healthz": lambda: alive(inventory, time.monotonic()),
+        "/readyz": lambda: ready(inventory.snapshot, registrar),
+        "/metrics": lambda: (True, metrics(inventory, registrar, time.monotonic()) + process_metrics()),
+    }
+    wanted, trouble = inventory.settings.listen, Trouble()
+    while wanted is not None:
+        try:
+            host, port = listen(wanted, pages)
+        except OSError as error:
+            trouble.is_now(f"no HTTP on port {wanted[1]} of {wanted[0] or 'all addresses'}: {error.strerror}; trying again")
+            await asyncio.sleep(1)
+        else:
+            log.info("HTTP on port %d of %s: %s", port, host, ", ".join(pages))
+            break
+    await asyncio.Event().wait()
+
+
+async def take_stock(settings: Settings) -> Snapshot:
+    """The snapshot of one poll; a read that hangs costs about 2 s. Raises CannotWork."""
     inventory = Inventory(settings)
+    inventory.start()
+    watchdog = asyncio.create_task(inventory.watch())
     try:
-        inventory.poll(time.monotonic())
-    except OSError as error:
-        raise CannotWork(f"cannot look for cards: {error}") from error
+        while not inventory.snapshot.polled:
+            if inventory.trouble.problem:
+                raise CannotWork(inventory.trouble.problem)
+            await asyncio.sleep(0.005)
+    finally:
+        inventory.stop()
+        await end([watchdog])
     return inventory.snapshot
 
 
@@ -1723,7 +2244,10 @@ def describe(card: Card) -> dict[str, Any]:
 
 
 def print_list(snapshot: Snapshot, as_json: bool) -> None:
-    """Prints the cards of a snapshot: JSON, or columns of at most 120 characters, with the reasons below."""
+    """Prints the cards of a snapshot: JSON, or columns as wide as the terminal, with the reasons below.
+
+    From 80 to 120 characters; columns that do not fit are left out, the least useful first (--json has them all).
+    """
     cards = [describe(card) for card in snapshot.cards]
     if as_json:
         print(json.dumps(cards, indent=2))
@@ -1731,25 +2255,26 @@ def print_list(snapshot: Snapshot, as_json: bool) -> None:
     if not cards:
         print("No Tenstorrent cards" + (f" (driver {snapshot.driver})." if snapshot.driver else ": the driver is not loaded."))
         return
-    columns = ("RESOURCE", "ID", "DEVICE", "PCI ADDRESS", "NUMA", "HEALTH")
-    rows = [columns]
-    for card in cards:
-        rows.append(
-            (
-                card["resource"] or "not offered",
-                card["id"],
-                ",".join(path.removeprefix("/dev/tenstorrent/") for path in card["device_nodes"]),
-                ",".join(card["pci_addresses"]),
-                "-" if card["numa_node"] is None else str(card["numa_node"]),
-                card["health"],
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    room = min(120, max(80, shutil.get_terminal_size((120, 0)).columns))
+    table = {
+        "RESOURCE": [card["resource"] or "not offered" for card in cards],
+        "ID": [card["id"] for card in cards],
+        "DEVICE": [",".join(path.removeprefix("/dev/tenstorrent/") for path in card["device_nodes"]) for card in cards],
+        "PCI ADDRESS": [",".join(card["pci_addresses"]) for card in cards],
+        "NUMA": ["-" if card["numa_node"] is None else str(card["numa_node"]) for card in cards],
+        "HEALTH": [card["health"] for card in cards],
+    }
+    widths = {heading: max(map(len, [heading, *cells])) for heading, cells in table.items()}
+    for heading in ("NUMA", "PCI ADDRESS"):
+        if sum(widths.values()) + 2 * (len(widths) - 1) > room:
+            del widths[heading]
+    coloured = on_terminal(sys.stdout)
+    for row in range(-1, len(cards)):
+        cells = [(heading if row < 0 else table[heading][row]).ljust(width) for heading, width in widths.items()]
+        print("  ".join([*cells[:-1], paint(cells[-1].rstrip(), coloured)]))
     for card in cards:
         if card["reason"]:
-            print("\n" + textwrap.fill(f"{card['id']}: {card['reason']}", 120))
+            print("\n" + textwrap.fill(f"{card['id']}: {card['reason']}", room))
 
 
 class DryRunKubelet(rpc.RegistrationServicer):
@@ -1782,7 +2307,7 @@ async def dry_run(settings: Settings) -> int:
     plugin = None
     try:
         step = say("1. Discover", f"the cards under {settings.sysfs_root}")
-        snapshot = await asyncio.to_thread(take_stock, settings)
+        snapshot = await take_stock(settings)
         print_list(snapshot, False)
         if not snapshot.resources:
             raise CannotWork("no card could be offered")
