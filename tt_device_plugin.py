@@ -227,7 +227,7 @@ class Sighting(NamedTuple):
     signs: Signs
 
 
-def read_attribute(path: Path) -> str:
+def read_attribute(path: str | Path) -> str:
     """The text of one sysfs attribute without its newline; bytes that are no ASCII become '?'.
 
     Raises OSError. Blocks for as long as the driver does, so it is called in the polling thread only.
@@ -239,7 +239,7 @@ def read_attribute(path: Path) -> str:
         os.close(fd)
 
 
-def attribute(path: Path, pattern: re.Pattern[str] | None = None) -> str:
+def attribute(path: str | Path, pattern: re.Pattern[str] | None = None) -> str:
     """The text of one attribute; "" where it is missing, cannot be read or does not match: unknown is not dead.
 
     Raises OSError for a lack of descriptors or memory: that says nothing about the chip.
@@ -261,7 +261,7 @@ def number(text: str, base: int = 10) -> int | None:
         return None
 
 
-def hex_id(path: Path) -> str:
+def hex_id(path: str) -> str:
     """An ASIC id or board serial; "" where missing, or when a dead bus (all ones) or empty fuses (all zeros) answered."""
     text = attribute(path, HEX_ID)
     return "" if text in ("F" * 16, "0" * 16) else text
@@ -276,14 +276,14 @@ def class_entries(sysfs: Path) -> list[str]:
     return sorted((name for name in names if CLASS_ENTRY.fullmatch(name)), key=lambda name: int(name.partition("!")[2]))
 
 
-def class_device(sysfs: Path, index: int) -> Path:
-    """The folder of the tt_* files of /dev/tenstorrent/`index`."""
-    return sysfs / f"class/tenstorrent/tenstorrent!{index}"
+def class_device(sysfs: Path, index: int) -> str:
+    """The folder of the tt_* files of /dev/tenstorrent/`index`. A text: joining Paths takes longer than reading the file."""
+    return f"{sysfs}/class/tenstorrent/tenstorrent!{index}"
 
 
-def architecture(device: Path) -> str:
+def architecture(device: str | Path) -> str:
     """The architecture of a PCI function, "" if it is none of ARCHITECTURES."""
-    return ARCHITECTURES.get(number(attribute(device / "device"), 16) or 0, "")
+    return ARCHITECTURES.get(number(attribute(f"{device}/device"), 16) or 0, "")
 
 
 def find_chip(sysfs: Path, name: str) -> Chip:
@@ -291,32 +291,32 @@ def find_chip(sysfs: Path, name: str) -> Chip:
 
     Raises OSError if it vanished meanwhile, ValueError if the entry does not lead to a PCI function.
     """
-    folder = sysfs / "class/tenstorrent" / name
+    index = int(name.partition("!")[2])
+    folder = class_device(sysfs, index)
     status = os.stat(folder)
-    device = os.path.realpath(folder / "device", strict=True)
-    pci_path = tuple(part for part in Path(device).parts if part.startswith("pci") or PCI_ADDRESS.fullmatch(part))
+    device = os.path.realpath(f"{folder}/device", strict=True)
+    pci_path = tuple(part for part in device.split("/") if part.startswith("pci") or PCI_ADDRESS.fullmatch(part))
     if not pci_path or not PCI_ADDRESS.fullmatch(pci_path[-1]):
         raise ValueError(f"{folder}/device leads to {device}, which is no PCI function")
-    index = int(name.partition("!")[2])
     return Chip(pci_path[-1], index, (status.st_ino, status.st_ctime_ns), pci_path=pci_path[:-1])
 
 
 def identify(sysfs: Path, chip: Chip) -> Chip:
     """`chip` with all that sysfs tells about it. May hang with the driver."""
     folder = class_device(sysfs, chip.index)
-    device = folder / "device"
-    card_type = attribute(folder / "tt_card_type")
+    device = f"{folder}/device"
+    card_type = attribute(f"{folder}/tt_card_type")
     return replace(
         chip,
-        dev=attribute(folder / "dev", re.compile(r"[0-9]+:[0-9]+")),
+        dev=attribute(f"{folder}/dev", re.compile(r"[0-9]+:[0-9]+")),
         arch=architecture(device),
         card_type=card_type if CARD_TYPE.fullmatch(card_type) or not card_type else "unknown",
-        galaxy=GALAXIES.get(number(attribute(device / "subsystem_device"), 16) or 0, ""),
-        asic_id=hex_id(folder / "tt_asic_id"),
-        serial=hex_id(folder / "tt_serial"),
-        firmware=attribute(folder / "tt_fw_bundle_ver", re.compile(r"[0-9.]{1,40}")),
-        numa_node=number(attribute(device / "numa_node")),  # -1: the firmware does not know
-        iommu=attribute(device / "iommu_group/type", re.compile(r"[A-Za-z-]{1,20}")),
+        galaxy=GALAXIES.get(number(attribute(f"{device}/subsystem_device"), 16) or 0, ""),
+        asic_id=hex_id(f"{folder}/tt_asic_id"),
+        serial=hex_id(f"{folder}/tt_serial"),
+        firmware=attribute(f"{folder}/tt_fw_bundle_ver", re.compile(r"[0-9.]{1,40}")),
+        numa_node=number(attribute(f"{device}/numa_node")),  # -1: the firmware does not know
+        iommu=attribute(f"{device}/iommu_group/type", re.compile(r"[A-Za-z-]{1,20}")),
     )
 
 
@@ -328,14 +328,14 @@ def sense(settings: Settings, chip: Chip, driver: str, sensors: bool = True) -> 
     """
     entry = class_device(settings.sysfs_root, chip.index)
     try:
-        beat = number(read_attribute(entry / "tt_heartbeat"))
+        beat = number(read_attribute(f"{entry}/tt_heartbeat"))
         signs = Signs(beat, "bus-dead" if beat == 0xFFFFFFFF else "", True)  # a dead PCIe endpoint reads as all ones
     except OSError as error:
         if error.errno in SHORTAGES:
             raise
         fault = {errno.ENODEV: "gone", errno.ENODATA: "resetting"}.get(error.errno or 0, "")
         signs = Signs(None, fault, error.errno != errno.ENOENT)
-    if not signs.fault and not is_device_node(settings.dev_root / f"tenstorrent/{chip.index}", chip.dev):
+    if not signs.fault and not is_device_node(f"{settings.dev_root}/tenstorrent/{chip.index}", chip.dev):
         signs = signs._replace(fault="no-node")
     if sensors and signs.fault in ("", "no-node") and (signs.heartbeat_read or version(driver) >= (2, 7)):
         signs = signs._replace(readings=read_sensors(settings.sysfs_root, chip))
@@ -345,22 +345,33 @@ def sense(settings: Settings, chip: Chip, driver: str, sensors: bool = True) -> 
 def read_sensors(sysfs: Path, chip: Chip) -> dict[str, int]:
     """What a chip's sensors say, by names of SENSORS; what is missing or no number is left out. May hang with the driver."""
     entry = class_device(sysfs, chip.index)
-    # Found anew each time: a reset makes another hwmonX, and old drivers left the dead one behind (tt-kmd#25).
-    hwmon = max((entry / "device/hwmon").glob("hwmon*"), key=lambda path: number(path.name[5:]) or 0, default=entry)
-    proc = sysfs.parent / f"proc/driver/tenstorrent/{chip.index}"  # beside sysfs, also where both are mounted elsewhere
+    places = {
+        "": entry,
+        "hwmon": newest_sensors(f"{entry}/device/hwmon"),
+        "proc": f"{sysfs.parent}/proc/driver/tenstorrent/{chip.index}",  # beside sysfs, also where both are mounted elsewhere
+    }
     readings = {}
     for name, sensor in SENSORS.items():
         place, _, file = sensor.file.rpartition("/")
-        try:
-            text = read_attribute({"hwmon": hwmon, "proc": proc}.get(place, entry) / file)
-        except OSError as error:
-            if error.errno in SHORTAGES:
-                raise
-            continue
+        text = attribute(f"{places[place]}/{file}")
         value = len(text.split()) if place == "proc" else number(text)
         if value is not None:
             readings[name] = value
     return readings
+
+
+def newest_sensors(folder: str) -> str:
+    """The hwmonX in `folder` with the highest X; `folder` if there is none. Raises OSError for SHORTAGES.
+
+    Found anew each time: a reset makes another hwmonX, and old drivers left the dead one behind (tt-kmd#25).
+    """
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith("hwmon")]
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+        names = []
+    return f"{folder}/{max(names, key=lambda name: number(name[5:]) or 0, default='')}"
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -368,7 +379,7 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]+", text)[:3])
 
 
-def is_device_node(path: Path, dev: str) -> bool:
+def is_device_node(path: str | Path, dev: str) -> bool:
     """Whether `path` is, or links to, the character device that sysfs calls `dev`. Looks, never opens."""
     try:
         status = os.stat(path)
@@ -968,7 +979,7 @@ def host_path(settings: Settings, card: Card, chip: Chip) -> str:
     """
     node = f"tenstorrent/{chip.index}"
     # The snapshot may be one poll old, and N is reused at once: is it this chip's still? A link, so nothing can hang.
-    now_at = os.path.basename(os.path.realpath(class_device(settings.sysfs_root, chip.index) / "device"))
+    now_at = os.path.basename(os.path.realpath(f"{class_device(settings.sysfs_root, chip.index)}/device"))
     if now_at != chip.pci:
         raise unfit(card, f"/dev/{node} is no longer chip {chip.pci}: it has just been reset or removed; try again")
     if not is_device_node(settings.dev_root / node, chip.dev):
