@@ -286,6 +286,15 @@ def architecture(device: str | Path) -> str:
     return ARCHITECTURES.get(number(attribute(f"{device}/device"), 16) or 0, "")
 
 
+def pci_path(folder: str) -> tuple[str, ...]:
+    """Where the chip of a class device is: root bus, bridges and PCI function, outermost first; () if at none."""
+    try:
+        link = os.readlink(folder)  # ../../devices/pci0000:00/0000:00:01.0/0000:01:00.0/tenstorrent/tenstorrent!0
+    except OSError:
+        return ()
+    return tuple(part for part in link.split("/") if part.startswith("pci") or PCI_ADDRESS.fullmatch(part))
+
+
 def find_chip(sysfs: Path, name: str) -> Chip:
     """The chip behind one class entry, from links and metadata alone: nothing in here can hang on the hardware.
 
@@ -294,11 +303,10 @@ def find_chip(sysfs: Path, name: str) -> Chip:
     index = int(name.partition("!")[2])
     folder = class_device(sysfs, index)
     status = os.stat(folder)
-    device = os.path.realpath(f"{folder}/device", strict=True)
-    pci_path = tuple(part for part in device.split("/") if part.startswith("pci") or PCI_ADDRESS.fullmatch(part))
-    if not pci_path or not PCI_ADDRESS.fullmatch(pci_path[-1]):
-        raise ValueError(f"{folder}/device leads to {device}, which is no PCI function")
-    return Chip(pci_path[-1], index, (status.st_ino, status.st_ctime_ns), pci_path=pci_path[:-1])
+    *above, pci = pci_path(folder) or ("",)
+    if not PCI_ADDRESS.fullmatch(pci):
+        raise ValueError(f"{folder} leads to no PCI function")
+    return Chip(pci, index, (status.st_ino, status.st_ctime_ns), pci_path=tuple(above))
 
 
 def identify(sysfs: Path, chip: Chip) -> Chip:
@@ -979,8 +987,7 @@ def host_path(settings: Settings, card: Card, chip: Chip) -> str:
     """
     node = f"tenstorrent/{chip.index}"
     # The snapshot may be one poll old, and N is reused at once: is it this chip's still? A link, so nothing can hang.
-    now_at = os.path.basename(os.path.realpath(f"{class_device(settings.sysfs_root, chip.index)}/device"))
-    if now_at != chip.pci:
+    if pci_path(class_device(settings.sysfs_root, chip.index))[-1:] != (chip.pci,):
         raise unfit(card, f"/dev/{node} is no longer chip {chip.pci}: it has just been reset or removed; try again")
     if not is_device_node(settings.dev_root / node, chip.dev):
         raise unfit(card, FAULTS["no-node"].format(index=chip.index))
