@@ -295,18 +295,22 @@ def pci_path(folder: str) -> tuple[str, ...]:
     return tuple(part for part in link.split("/") if part.startswith("pci") or PCI_ADDRESS.fullmatch(part))
 
 
-def find_chip(sysfs: Path, name: str) -> Chip:
+def find_chip(sysfs: Path, name: str, known: Chip | None = None) -> Chip:
     """The chip behind one class entry, from links and metadata alone: nothing in here can hang on the hardware.
 
-    Raises OSError if it vanished meanwhile, ValueError if the entry does not lead to a PCI function.
+    `known` if the entry still leads to that one's folder: another chip's has another stamp. Raises OSError if it vanished
+    meanwhile, ValueError if the entry does not lead to a PCI function.
     """
     index = int(name.partition("!")[2])
     folder = class_device(sysfs, index)
     status = os.stat(folder)
+    stamp = (status.st_ino, status.st_ctime_ns)
+    if known is not None and known.stamp == stamp:
+        return known
     *above, pci = pci_path(folder) or ("",)
     if not PCI_ADDRESS.fullmatch(pci):
         raise ValueError(f"{folder} leads to no PCI function")
-    return Chip(pci, index, (status.st_ino, status.st_ctime_ns), pci_path=tuple(above))
+    return Chip(pci, index, stamp, pci_path=tuple(above))
 
 
 def identify(sysfs: Path, chip: Chip) -> Chip:
@@ -797,11 +801,7 @@ class Inventory:
         seen: dict[str, Chip] = {}
         for name in class_entries(sysfs):
             try:
-                chip = find_chip(sysfs, name)
-                known = before.get(name)
-                if known is not None and (known.stamp, known.pci) == (chip.stamp, chip.pci):
-                    chip = known
-                seen[name] = chip
+                seen[name] = chip = find_chip(sysfs, name, before.get(name))
                 if (name, chip.stamp) in self._stuck:
                     sightings.append(Sighting(chip, Signs(fault="read-hangs")))
                     continue
