@@ -41,7 +41,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -1375,7 +1374,7 @@ async def serving(plugin: DevicePlugin, folder: Path, model: str) -> AsyncIterat
     Each registration has a socket of its own name: whatever still knows an older one (an instance that ends late, a kubelet
     that gets round to an old Register) can neither remove it nor take it for its own.
     """
-    endpoint = SOCKET.format(model=model, token=secrets.token_hex(3))
+    endpoint = SOCKET.format(model=model, token=os.urandom(3).hex())
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", REQUEST_BYTES)])
     rpc.add_DevicePluginServicer_to_server(plugin, server)
     try:
