@@ -1595,7 +1595,7 @@ def test_thermal_trip_over_an_absence() -> None:
 def test_old_drivers_are_left_alone(tree: Tree, driver: str, heartbeat: bool, read: bool) -> None:
     """Before 2.7 nothing is read once the chip is identified: a read during removal could oops the kernel."""
     tree.add(replace(N150[0], heartbeat=heartbeat))
-    chip = tt.identify(tree.sys, tt.find_chip(tree.sys, "tenstorrent!0"))
+    chip = tt.identify(tree.sys, tt.find_chip(tree.sys, 0))
     signs = tt.sense(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev), chip, driver)
     assert (signs.fault, (signs.readings or {}).get("temperature")) == ("", 54300 if read else None)
 
@@ -1604,7 +1604,7 @@ def test_junk_sensors(tree: Tree) -> None:
     """Captured junk (hwmon_junk_stale-tags, hwmon_dead-chip): no verdict from it; the newest hwmon counts."""
     tree.add(N150[0])
     settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)
-    chip = tt.identify(tree.sys, tt.find_chip(tree.sys, "tenstorrent!0"))
+    chip = tt.identify(tree.sys, tt.find_chip(tree.sys, 0))
     tree.set(N150[0].bdf, "device/hwmon/hwmon10/temp1_input", "65535999\n")
     tree.set(N150[0].bdf, "device/hwmon/hwmon10/in0_input", "3211313\n")
     signs = tt.sense(settings, chip, "2.10.0")

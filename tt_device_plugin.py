@@ -266,13 +266,13 @@ def hex_id(path: str) -> str:
     return "" if text in ("F" * 16, "0" * 16) else text
 
 
-def class_entries(sysfs: Path) -> list[str]:
-    """The names of the chips' class devices by N; [] without the driver. Raises OSError if that cannot be told."""
+def class_indices(sysfs: Path) -> list[int]:
+    """N of each class device there is, ascending; [] without the driver. Raises OSError if that cannot be told."""
     try:
         names = os.listdir(sysfs / "class/tenstorrent")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((name for name in names if CLASS_ENTRY.fullmatch(name)), key=lambda name: int(name.partition("!")[2]))
+    return sorted(int(match[1]) for match in map(CLASS_ENTRY.fullmatch, names) if match)
 
 
 def class_device(sysfs: Path, index: int) -> str:
@@ -285,31 +285,22 @@ def architecture(device: str | Path) -> str:
     return ARCHITECTURES.get(number(attribute(f"{device}/device"), 16) or 0, "")
 
 
-def pci_path(folder: str) -> tuple[str, ...]:
-    """Where the chip of a class device is: root bus, bridges and PCI function, outermost first; () if at none."""
-    try:
-        link = os.readlink(folder)  # ../../devices/pci0000:00/0000:00:01.0/0000:01:00.0/tenstorrent/tenstorrent!0
-    except OSError:
-        return ()
-    return tuple(part for part in link.split("/") if part.startswith("pci") or PCI_ADDRESS.fullmatch(part))
+def find_chip(sysfs: Path, index: int, known: Chip | None = None) -> Chip:
+    """The chip of /dev/tenstorrent/`index`, from links and metadata alone: nothing in here can hang on the hardware.
 
-
-def find_chip(sysfs: Path, name: str, known: Chip | None = None) -> Chip:
-    """The chip behind one class entry, from links and metadata alone: nothing in here can hang on the hardware.
-
-    `known` if the entry still leads to that one's folder: another chip's has another stamp. Raises OSError if it vanished
-    meanwhile, ValueError if the entry does not lead to a PCI function.
+    `known` if the class entry still leads to that one's folder: another chip's has another stamp. Raises OSError if it
+    vanished meanwhile, ValueError if the entry does not lead to a PCI function.
     """
-    index = int(name.partition("!")[2])
     folder = class_device(sysfs, index)
     status = os.stat(folder)
     stamp = (status.st_ino, status.st_ctime_ns)
     if known is not None and known.stamp == stamp:
         return known
-    *above, pci = pci_path(folder) or ("",)
-    if not PCI_ADDRESS.fullmatch(pci):
-        raise ValueError(f"{folder} leads to no PCI function")
-    return Chip(pci, index, stamp, pci_path=tuple(above))
+    device = os.path.realpath(f"{folder}/device", strict=True)
+    pci_path = tuple(part for part in device.split("/") if part.startswith("pci") or PCI_ADDRESS.fullmatch(part))
+    if not pci_path or not PCI_ADDRESS.fullmatch(pci_path[-1]):
+        raise ValueError(f"{folder}/device leads to {device}, which is no PCI function")
+    return Chip(pci_path[-1], index, stamp, pci_path=pci_path[:-1])
 
 
 def identify(sysfs: Path, chip: Chip) -> Chip:
@@ -364,7 +355,12 @@ def read_sensors(sysfs: Path, chip: Chip) -> dict[str, int]:
     readings = {}
     for name, sensor in SENSORS.items():
         place, _, file = sensor.file.rpartition("/")
-        text = attribute(f"{places[place]}/{file}")
+        try:
+            text = read_attribute(f"{places[place]}/{file}")
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
+            continue
         value = len(text.split()) if place == "proc" else number(text)
         if value is not None:
             readings[name] = value
@@ -470,6 +466,7 @@ class Verdict:
     since: float = 0.0  # time.time() since when it has had this health; 0.0 for a chip
 
 
+FIT = Verdict()
 TWIN = Verdict(HEALTHY, "twin", "another chip claims the same ASIC id: it goes by its PCI address, which a reset may change")
 ALONE = Verdict(HEALTHY, "alone", "one chip of a p300 by itself: no other chip, or more than one, has its board's serial")
 
@@ -520,7 +517,7 @@ def judge(pulse: Pulse | None, sighting: Sighting, now: float) -> tuple[Pulse, V
     # A chip in trouble before its first heartbeat could be read owes nothing: there is nothing to compare with.
     if pulse.owed and pulse.beat is not None:
         return pulse, verdict(pulse.fault, chip)
-    return replace(pulse, owed=0), Verdict()
+    return replace(pulse, owed=0) if pulse.owed else pulse, FIT
 
 
 def feel(pulse: Pulse, signs: Signs) -> Pulse:
@@ -739,8 +736,8 @@ class Bell:
         await self._event.wait()
 
 
-Place = tuple[str, tuple[int, int]]  # a class entry and its stamp
-HOST: Place = ("", (0, 0))  # what belongs to no chip
+Place = tuple[int, tuple[int, int]]  # N of a class device, and its stamp
+HOST: Place = (-1, (0, 0))  # what belongs to no chip
 
 
 class Inventory:
@@ -756,7 +753,7 @@ class Inventory:
         self.polls, self.polls_s = 0, 0.0  # how many there were, and how long they took in all
         self._polled = polled
         self._sensed = -math.inf  # when sensors were read last
-        self._seen: dict[str, Chip] | None = None  # class entry -> chip as identified; None before the first poll
+        self._seen: dict[int, Chip] | None = None  # N -> chip as identified; None before the first poll
         self._functions: list[Chip] = []  # see bare_functions()
         self._stuck: set[Place] = set()  # where a read hangs
         self._reading: tuple[Place, int] | None = None  # where the polling thread reads now, and which read it is
@@ -793,26 +790,26 @@ class Inventory:
             for event in events(before.get(pci, pulse), pulse):
                 log.warning("chip %s %s", pci, event)
 
-    def _look(self, before: Mapping[str, Chip], sensors: bool) -> tuple[list[Sighting], dict[str, Chip]]:
-        """This poll's sightings, and the chips by class entry, as they were `before` where they are the same."""
+    def _look(self, before: Mapping[int, Chip], sensors: bool) -> tuple[list[Sighting], dict[int, Chip]]:
+        """This poll's sightings, and the chips by N, as they were `before` where they are the same."""
         sysfs = self.settings.sysfs_root
         sightings: list[Sighting] = []
-        seen: dict[str, Chip] = {}
-        for name in class_entries(sysfs):
+        seen: dict[int, Chip] = {}
+        for index in class_indices(sysfs):
             try:
-                seen[name] = chip = find_chip(sysfs, name, before.get(name))
-                if (name, chip.stamp) in self._stuck:
+                seen[index] = chip = find_chip(sysfs, index, before.get(index))
+                if (index, chip.stamp) in self._stuck:
                     sightings.append(Sighting(chip, Signs(fault="read-hangs")))
                     continue
-                with self._watched((name, chip.stamp)):
+                with self._watched((index, chip.stamp)):
                     if not chip.dev or not chip.identified:  # new, or its telemetry was not there
-                        seen[name] = chip = identify(sysfs, chip)
+                        seen[index] = chip = identify(sysfs, chip)
                     sightings.append(Sighting(chip, sense(self.settings, chip, self.snapshot.driver, sensors)))
             except (OSError, ValueError) as error:  # vanished between listing and reading, or no chip at all
                 if isinstance(error, OSError) and error.errno in SHORTAGES:
                     raise
-                seen.pop(name, None)
-                log.debug("%s is left out: %s", name, error)
+                seen.pop(index, None)
+                log.debug("%s is left out: %s", class_device(sysfs, index), error)
         return sightings, seen
 
     @contextlib.contextmanager
@@ -985,8 +982,12 @@ def host_path(settings: Settings, card: Card, chip: Chip) -> str:
     chip another N hands out the right chip (tt-kmd#170).
     """
     node = f"tenstorrent/{chip.index}"
-    # The snapshot may be one poll old, and N is reused at once: is it this chip's still? A link, so nothing can hang.
-    if pci_path(class_device(settings.sysfs_root, chip.index))[-1:] != (chip.pci,):
+    # The snapshot may be one poll old, and N is reused at once: is it this chip's still?
+    try:
+        now_there = find_chip(settings.sysfs_root, chip.index, known=chip).pci
+    except (OSError, ValueError):
+        now_there = ""
+    if now_there != chip.pci:
         raise unfit(card, f"/dev/{node} is no longer chip {chip.pci}: it has just been reset or removed; try again")
     if not is_device_node(settings.dev_root / node, chip.dev):
         raise unfit(card, FAULTS["no-node"].format(index=chip.index))
