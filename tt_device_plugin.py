@@ -28,25 +28,24 @@ Words: a *chip* is one PCIe device, /dev/tenstorrent/N. A *card* is what a Pod g
 
 from __future__ import annotations
 
+# Imported where they are used, as only one flag needs each, and each costs every start time and memory: http.server,
+# ipaddress, shutil, tempfile.
 import argparse
 import asyncio
 import contextlib
 import dataclasses
 import errno
 import fcntl
-import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import stat
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -54,7 +53,6 @@ import urllib.parse
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from http import HTTPStatus
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getpagesize, getrlimit
 from typing import Any, NamedTuple, TextIO, TypeVar, cast
@@ -1735,7 +1733,8 @@ CONNECTIONS = 16
 
 def listen(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool, str]]]) -> tuple[str, int]:
     """Answers GET of `pages`, path -> (200 or 503, text), in threads of their own. Returns the address. Raises OSError."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # 2 MB that only --listen needs
+    from http import HTTPStatus
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
         server_version, sys_version, timeout = f"tt-device-plugin/{__version__}", "", 5
@@ -2034,6 +2033,8 @@ def folder(text: str) -> Path:
 
 def address(text: str) -> tuple[str, int]:
     """Where to listen: an IP address, "" for all, and a port, 0 for any. Raises argparse.ArgumentTypeError."""
+    import ipaddress
+
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(f"//{text}")
         host = str(ipaddress.ip_address(parts.hostname)) if parts.hostname else ""
@@ -2123,6 +2124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[str]:
     """A folder that is gone afterwards. Raises CannotWork."""
+    import shutil
+    import tempfile
+
     try:
         path = tempfile.mkdtemp(prefix=prefix)
     except OSError as error:
@@ -2273,7 +2277,9 @@ def print_list(snapshot: Snapshot, as_json: bool) -> None:
     if not cards:
         print("No Tenstorrent cards" + (f" (driver {snapshot.driver})." if snapshot.driver else ": the driver is not loaded."))
         return
-    room = min(120, max(80, shutil.get_terminal_size((120, 0)).columns))
+    from shutil import get_terminal_size
+
+    room = min(120, max(80, get_terminal_size((120, 0)).columns))
     table = {
         "RESOURCE": [card["resource"] or "not offered" for card in cards],
         "ID": [card["id"] for card in cards],
