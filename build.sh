@@ -6,6 +6,8 @@
 #   ./build.sh test [--long] [PYTEST ARGS]
 #                                 all tests, in an environment of their own:  ./build.sh test -k registration -x
 #                                 --long: with a hundred restarts, a thousand dropped streams and long pauses
+#   ./build.sh bench [--json] [--quick] [NAME...]
+#                                 measure it, every figure beside a bare baseline of the same run; names: see --help
 #   ./build.sh check              lint (ruff) and type-check (mypy --strict) the files written by hand
 #   ./build.sh stubs [DIR]        generate api_pb2.py and api_pb2_grpc.py from api.proto, here or into DIR
 #   ./build.sh lock [UV ARGS]     make requirements.txt anew; newer versions only with --upgrade
@@ -323,6 +325,13 @@ run_tests() {
     exec "$BUILD/venv/bin/python" -m pytest -o cache_dir="$BUILD/cache/pytest" test_plugin.py "$@"
 }
 
+bench() {
+    alone build_if_needed >&2
+    alone make_venv
+    keep_caches_in_build
+    exec "$BUILD/venv/bin/python" "$TOP/test_plugin.py" --bench "$@"
+}
+
 check() {
     alone make_venv
     keep_caches_in_build
@@ -422,13 +431,14 @@ command=${1:-build}
 [[ $# -eq 0 ]] || shift
 case $command in
     help | -h | --help) usage; exit ;;
-    build | run | test | check | stubs | lock) find_python ;;
+    build | run | test | bench | check | stubs | lock) find_python ;;
     *) usage >&2; die -2 "there is no command '$command'" ;;
 esac
 case $command in
     build) alone build ;;
     run) run "$@" ;;
     test) run_tests "$@" ;;
+    bench) bench "$@" ;;
     check) check ;;
     stubs) alone stubs "$@" ;;
     lock) alone lock "$@" ;;

@@ -32,7 +32,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -671,15 +671,18 @@ def fake_kubelet(arguments: list[str]) -> None:
     asyncio.run(run())
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] != ["--bench"]:  # which is at the end
     # Before the imports of the tests' half, which would add a third of a second to each start of a kubelet.
     fake_kubelet(sys.argv[1:])
     sys.exit()
 
+import compileall  # noqa: E402
 import datetime  # noqa: E402
 import fcntl  # noqa: E402
 import http.client  # noqa: E402
 import importlib  # noqa: E402
+import math  # noqa: E402
+import platform  # noqa: E402
 import queue  # noqa: E402
 import shutil  # noqa: E402
 import struct  # noqa: E402
@@ -689,7 +692,8 @@ import termios  # noqa: E402
 import textwrap  # noqa: E402
 import threading  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from resource import RLIMIT_NOFILE, prlimit  # noqa: E402
+from resource import RLIMIT_NOFILE, RUSAGE_CHILDREN, getrusage, prlimit  # noqa: E402
+from types import MappingProxyType  # noqa: E402
 from typing import Generic, NamedTuple, TypeVar  # noqa: E402
 
 import pytest  # noqa: E402
@@ -3332,7 +3336,12 @@ class Vitals(NamedTuple):
 
 def vitals(plugin: Plugin) -> Vitals:
     """Private memory, threads and descriptors of a running plugin."""
-    proc = Path("/proc") / str(plugin.process.pid)
+    return held_by(plugin.process.pid)
+
+
+def held_by(pid: int) -> Vitals:
+    """The same of any running process."""
+    proc = Path("/proc") / str(pid)
     private = re.findall(r"^Private_\w+: +(\d+) kB", (proc / "smaps_rollup").read_text(), re.M)
     threads = len(list((proc / "task").iterdir()))
     return Vitals(sum(map(int, private)), threads, len(list((proc / "fd").iterdir())))
@@ -4232,5 +4241,614 @@ def test_labels_file(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 
 
 ########################################################################################################################
-# 9. Benchmarks: python test_plugin.py --bench
+# 9. Benchmarks: ./build.sh bench, or python test_plugin.py --bench
+#
+# Every figure stands beside a bare baseline that is measured in the same run and in turn with it, so that a busy machine
+# slows both, and the ratio holds. Nothing here fails a build: a target that is missed is marked, no more.
 ########################################################################################################################
+
+# What a plugin cannot be smaller than: a gRPC server with the stubs' service, and handlers that answer nothing.
+EMPTY_SERVER = """
+import asyncio, sys
+import grpc, grpc.aio
+import api_pb2 as api, api_pb2_grpc as rpc
+
+class Empty(rpc.DevicePluginServicer):
+    async def Allocate(self, request, context):
+        return api.AllocateResponse()
+    async def GetPreferredAllocation(self, request, context):
+        return api.PreferredAllocationResponse()
+
+async def main():
+    server = grpc.aio.server()
+    rpc.add_DevicePluginServicer_to_server(Empty(), server)
+    server.add_insecure_port("unix:" + sys.argv[1])
+    await server.start()
+    print("serving", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+# One poll after the first, and what no poll can do without, each between two marks for whoever reads the trace.
+TRACED_POLL = """
+import os, sys, time
+from pathlib import Path
+import tt_device_plugin as tt
+
+def mark():
+    try:
+        os.stat("/mark of the benchmark")
+    except OSError:
+        pass
+
+inventory = tt.Inventory(tt.Settings(sysfs_root=Path(sys.argv[1]), dev_root=Path(sys.argv[2])))
+inventory.poll(time.monotonic())
+mark()
+inventory.poll(time.monotonic())
+mark()
+top = sys.argv[1] + "/class/tenstorrent"
+for name in os.listdir(top):
+    fd = os.open(top + "/" + name + "/tt_heartbeat", os.O_RDONLY)
+    os.read(fd, 4096)
+    os.close(fd)
+mark()
+"""
+
+
+class Figure(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    unit: str
+    samples: list[float]
+    bare: list[float]  # the baseline's; [] if it has none
+    against: str  # what the baseline is
+    most: Mapping[str, float] = MappingProxyType({})  # targets: the largest p50, p99 or ratio (of both p50) that is wanted
+
+    def numbers(self) -> dict[str, float]:
+        """What the table shows: n, p50, p99, and with a baseline also base and ratio."""
+        shown = {"n": len(self.samples), "p50": percentile(self.samples, 0.5), "p99": percentile(self.samples, 0.99)}
+        if self.bare:
+            shown["base"] = percentile(self.bare, 0.5)
+            if shown["base"] > 0:
+                shown["ratio"] = shown["p50"] / shown["base"]
+        return shown
+
+    def missed(self) -> list[str]:
+        """The targets that this run has missed."""
+        numbers = self.numbers()
+        return [what for what, limit in self.most.items() if numbers.get(what, 0.0) > limit]
+
+
+def percentile(samples: list[float], part: float) -> float:
+    """The smallest sample that so many of all do not exceed: of less than 100, the 99th percentile is the largest."""
+    return sorted(samples)[max(0, math.ceil(part * len(samples)) - 1)]
+
+
+class Stage:
+    """Where the benchmarks run: a folder, and what they start in it. A context; everything ends with it."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+        self.numbers = itertools.count()
+        self.stack = contextlib.ExitStack()
+        self.room = Path(tempfile.mkdtemp(prefix="tt-"))
+        self.stack.callback(shutil.rmtree, self.room, ignore_errors=True)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def times(self, often: int, few: int) -> range:
+        """How often to repeat."""
+        return range(few if self.quick else often)
+
+    def tree(self, count: int) -> Tree:
+        """A node with so many n150."""
+        chips = [Chip(f"{n >> 8:04x}:{n & 255:02x}:00.0", n, asic_id=f"0D0CB6F1E7A5{n:04X}") for n in range(count)]
+        return Tree(self.room / f"tree{next(self.numbers)}", chips)
+
+    def galaxy(self) -> Tree:
+        """A Galaxy: four trays of eight chips; the bus numbers are facts, the rest is made up."""
+        places = [(tray, position) for tray in (0xC0, 0x80, 0x00, 0x40) for position in range(1, 9)]
+        chips = [
+            Chip(f"0000:{tray + position:02x}:00.0", n, GALAXY, f"0D0CB6F1E7A5{n:04X}", subsystem_device="0x0035")
+            for n, (tray, position) in enumerate(places)
+        ]
+        return Tree(self.room / f"tree{next(self.numbers)}", chips)
+
+    def beat(self, tree: Tree) -> None:
+        """Keeps the hearts of this tree's chips beating till the end. In place, as in sysfs: a folder that a file is moved
+        into has another change time, and the plugin takes it for another chip's."""
+        files = [self.stack.enter_context((tree.entry(bdf) / "tt_heartbeat").open("r+b", buffering=0)) for bdf in tree.chips]
+        done = threading.Event()
+
+        def run() -> None:
+            for beat in itertools.count(1000):
+                for file in files:
+                    os.pwrite(file.fileno(), b"%d\n" % beat, 0)
+                if done.wait(0.4):
+                    return
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self.stack.callback(thread.join)
+        self.stack.callback(done.set)
+
+    def kubelet(self) -> Kubelet:
+        """One that answers."""
+        kubelet = self.stack.enter_context(contextlib.closing(Kubelet(self.room / f"k{next(self.numbers)}")))
+        kubelet.start()
+        return kubelet
+
+    def plugin(self, way: Way, tree: Tree, kubelet: Kubelet, *flags: str) -> Plugin:
+        """A plugin process."""
+        command = [*way.command, "--kubelet-dir", str(kubelet.root), *tree.flags, *flags]
+        return self.stack.enter_context(contextlib.closing(Plugin(command, cwd=way.folder)))
+
+    def empty(self, way: Way) -> tuple[subprocess.Popen[str], str]:
+        """An empty server that serves, and gRPC's name for its socket."""
+        path = self.room / f"empty{next(self.numbers)}.sock"
+        command = [sys.executable, "-c", EMPTY_SERVER, str(path)]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=way.folder)
+        self.stack.callback(server.wait)
+        self.stack.callback(server.kill)
+        assert server.stdout and server.stdout.readline() == "serving\n"
+        return server, f"unix:{path}"
+
+    def ways(self) -> dict[str, Way]:
+        """The ways to start the plugin. `script` compiles itself at each start, the others have bytecode."""
+        module, image = self.room / "module", self.room / "image"
+        for folder in (module, image):
+            folder.mkdir(exist_ok=True)
+            for name in ("tt_device_plugin.py", "api_pb2.py", "api_pb2_grpc.py"):
+                shutil.copy(HERE / name, folder)
+        site = Path(grpc.__file__).parents[1]
+        for package in ("grpc", "google"):
+            shutil.copytree(site / package, image / package, dirs_exist_ok=True)  # with its bytecode, which fits by date
+        for folder in (module, image):
+            compileall.compile_dir(folder, quiet=2, maxlevels=0)
+        ways = {
+            "script": Way([sys.executable, str(HERE / "tt_device_plugin.py")], HERE),
+            "module": Way([sys.executable, "-m", "tt_device_plugin"], module),
+            # Not the test environment's Python but the one behind it, so that the folder's packages are the only ones.
+            "image": Way([os.path.realpath(sys.executable), "-m", "tt_device_plugin"], image),
+        }
+        if PYZ.exists():
+            ways["pyz"] = Way([sys.executable, str(PYZ)], self.room)
+        return ways
+
+
+class Way(NamedTuple):
+    """A command that starts the plugin, and the folder to start it in."""
+
+    command: list[str]
+    folder: Path
+
+
+GALAXY = "galaxy-wormhole"
+SERVICE = "/v1beta1.DevicePlugin/"
+
+
+class Effort(NamedTuple):
+    """What a process has used since it began."""
+
+    cpu_s: float
+    wakeups: int
+
+
+def effort(pid: int) -> Effort:
+    """Of all its threads; one that ends meanwhile is left out."""
+    cpu = wakeups = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            cpu += int((task / "schedstat").read_text().split()[0])
+            wakeups += int(re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text(), re.M)[0])
+    return Effort(cpu / 1e9, wakeups)
+
+
+def bench_start(stage: Stage) -> Iterator[Figure]:
+    """Process start to Register at the kubelet. CPU time beside it: a busy machine stretches one, not the other."""
+    ways, tree, kubelet = stage.ways(), stage.tree(4), stage.kubelet()
+    wall: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
+    for _ in stage.times(20, 1):
+        used, began = getrusage(RUSAGE_CHILDREN), time.monotonic()
+        subprocess.run([sys.executable, "-c", "import grpc"], check=True)
+        wall.setdefault("bare", []).append((time.monotonic() - began) * 1e3)
+        now = getrusage(RUSAGE_CHILDREN)
+        cpu.setdefault("bare", []).append((now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime) * 1e3)
+        began = time.monotonic()
+        server, _ = stage.empty(ways["module"])
+        wall.setdefault("empty", []).append((time.monotonic() - began) * 1e3)
+        cpu.setdefault("empty", []).append(effort(server.pid).cpu_s * 1e3)
+        server.kill()
+        for name, way in ways.items():
+            mark = kubelet.log.mark()
+            plugin = stage.plugin(way, tree, kubelet)
+            registered = kubelet.wait("register", after=mark, timeout=30)["t"]
+            cpu.setdefault(name, []).append(effort(plugin.process.pid).cpu_s * 1e3)
+            wall.setdefault(name, []).append((registered - plugin.started) * 1e3)
+            kubelet.wait_status(R150, 4, 4, after=mark)
+            plugin.end()
+    against = "import grpc"
+    yield Figure("empty server to serving", "ms", wall["empty"], wall["bare"], against)
+    yield Figure("the same, CPU", "ms", cpu["empty"], cpu["bare"], against)
+    for name in ways:
+        yield Figure(f"{name} to Register", "ms", wall[name], wall["bare"], against, {"ratio": 1.6} if name == "module" else {})
+        yield Figure("the same, CPU", "ms", cpu[name], cpu["bare"], against)
+    if "pyz" in ways:
+        more = [pyz - module for pyz, module in zip(wall["pyz"], wall["module"], strict=True)]
+        yield Figure("pyz, more than module", "ms", more, [], "", {"p50": 250.0})
+
+
+def bench_memory(stage: Stage) -> Iterator[Figure]:
+    """What a process holds that has four cards registered and has answered a call."""
+    ways, tree, kubelet = stage.ways(), stage.tree(4), stage.kubelet()
+    held: dict[str, list[Vitals]] = {name: [] for name in ("empty", *ways)}
+    resident: dict[str, list[float]] = {name: [] for name in held}
+
+    def look(name: str, pid: int) -> None:
+        held[name].append(held_by(pid))
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        resident[name].append(int(re.findall(r"^Rss: +(\d+) kB", text, re.M)[0]) / 1024)
+
+    for _ in stage.times(5, 1):
+        server, address = stage.empty(ways["module"])
+        with grpc.insecure_channel(address) as channel:
+            raw(channel, SERVICE + "Allocate")(b"", timeout=10)
+        look("empty", server.pid)
+        server.kill()
+        for name, way in ways.items():
+            mark = kubelet.log.mark()
+            plugin = stage.plugin(way, tree, kubelet)
+            kubelet.wait_status(R150, 4, 4, after=mark, timeout=30)
+            kubelet.allocate(R150, kubelet.ids(R150)[:1])
+            look(name, plugin.process.pid)
+            plugin.end()
+    for name in ways:
+        most = {"ratio": 1.12} if name == "module" else {}
+        yield Figure(f"{name}, resident", "MiB", resident[name], resident["empty"], "empty server", most)
+        private = {key: [one.private_kib / 1024 for one in many] for key, many in held.items()}
+        yield Figure(f"{name}, private", "MiB", private[name], private["empty"], "empty server")
+        threads = {key: [float(one.threads) for one in many] for key, many in held.items()}
+        yield Figure(f"{name}, threads", "", threads[name], threads["empty"], "empty server")
+
+
+def bench_calls(stage: Stage) -> Iterator[Figure]:
+    """Allocate and GetPreferredAllocation, by one client, in turn with the same call of the empty server."""
+    ways = stage.ways()
+    _, address = stage.empty(ways["module"])
+    for what, tree, resource, many in (
+        ("of 4 cards", stage.tree(4), R150, 1),
+        ("of a Galaxy", stage.galaxy(), f"tenstorrent.com/{GALAXY}", 8),
+    ):
+        stage.beat(tree)
+        kubelet = stage.kubelet()
+        stage.plugin(ways["module"], tree, kubelet)
+        count = len(tree.chips)
+        kubelet.wait_status(resource, count, count, timeout=30)
+        ids = kubelet.ids(resource)
+        endpoint = kubelet.seen("register")[-1]["endpoint"]
+        allocate = MESSAGES["AllocateRequest"](container_requests=[{"devices_ids": ids[:many]}])
+        one = {"available_deviceIDs": ids, "allocation_size": many}
+        prefer = MESSAGES["PreferredAllocationRequest"](container_requests=[one])
+        with grpc.insecure_channel(f"unix:{kubelet.folder / endpoint}") as ours, grpc.insecure_channel(address) as theirs:
+            for method, request in (("Allocate", allocate), ("GetPreferredAllocation", prefer)):
+                calls = [raw(channel, SERVICE + method) for channel in (ours, theirs)]
+                times: tuple[list[float], list[float]] = ([], [])
+                for number in stage.times(2000, 20):
+                    for side in (number % 2, 1 - number % 2):
+                        began = time.perf_counter()
+                        calls[side](request.SerializeToString(), timeout=10)
+                        times[side].append((time.perf_counter() - began) * 1e3)
+                most = {"ratio": 1.3} if (method, many) == ("Allocate", 1) else {}
+                yield Figure(f"{method}, {many} {what}", "ms", *times, "empty handler", most)
+
+
+def bench_again(stage: Stage) -> Iterator[Figure]:
+    """To registered, that is to the list at the kubelet, from a dropped stream, a new kubelet, the end of another instance.
+
+    The bare baseline has nothing to notice and nothing to start: a plugin that serves already connects and calls Register.
+    """
+    way, tree, kubelet = stage.ways()["module"], stage.tree(4), stage.kubelet()
+    stage.beat(tree)
+    bare: list[float] = []
+
+    def register() -> None:
+        with contextlib.closing(Puppet(kubelet.folder, "example.com/bare", f"bare{next(stage.numbers)}.sock")) as puppet:
+            began = time.monotonic()
+            puppet.register()
+            bare.append((time.monotonic() - began) * 1e3)
+
+    against, most = "connect, Register", {"p50": 15.0, "p99": 50.0}
+    holder = stage.plugin(way, tree, kubelet)
+    kubelet.wait_status(R150, 4, 4, timeout=30)
+    drops, restarts, takeovers = list[float](), list[float](), list[float]()
+    for _ in stage.times(200, 3):
+        mark = kubelet.log.mark()
+        dropped = kubelet.drop_stream(R150)
+        kubelet.wait_status(R150, 4, 0, after=mark)
+        drops.append((kubelet.wait_status(R150, 4, 4, after=mark) - dropped) * 1e3)
+        register()
+    yield Figure("stream dropped", "ms", drops, list(bare), against, most)
+    bare.clear()
+    for _ in stage.times(50, 1):
+        kubelet.prepare()
+        kubelet.kill()
+        mark = kubelet.log.mark()
+        kubelet.start()
+        restarts.append((kubelet.wait_status(R150, 4, 4, after=mark) - kubelet.answering) * 1e3)
+        register()
+    yield Figure("a new kubelet answers", "ms", restarts, list(bare), against)
+    bare.clear()
+    for _ in stage.times(20, 1):
+        heir = stage.plugin(way, tree, kubelet)
+        heir.wait_for_line(STANDING_BY, timeout=30)
+        mark = kubelet.log.mark()
+        holder.end(signal.SIGKILL)
+        ended = kubelet.wait("stream_end", after=mark, resource=R150)["t"]
+        takeovers.append((kubelet.wait_status(R150, 4, 4, after=mark) - ended) * 1e3)
+        holder = heir
+        register()
+    yield Figure("the other instance killed", "ms", takeovers, list(bare), against)
+
+
+def bench_fault(stage: Stage) -> Iterator[Figure]:
+    """A card vanishes, at any moment between two polls: till the kubelet has it as Unhealthy.
+
+    The bare baseline polls as often, does nothing but list the class, and is done when the name is missing.
+    """
+    poll_s = 0.1 if stage.quick else 1.0
+    tree, kubelet = stage.tree(4), stage.kubelet()
+    stage.beat(tree)
+    bdf = next(iter(tree.chips))
+    chip, name = tree.chips[bdf], tree.class_link(bdf).name
+    stage.plugin(stage.ways()["module"], tree, kubelet, f"--poll-seconds={poll_s}")
+    kubelet.wait_status(R150, 4, 4, timeout=30)
+    done, missing = threading.Event(), Log[float]("the bare loop")
+
+    def look() -> None:
+        there = True
+        while not done.wait(poll_s):
+            before, there = there, name in os.listdir(tree.sys / "class/tenstorrent")
+            if before and not there:
+                missing.append(time.monotonic())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    seen, bare = list[float](), list[float]()
+    for _ in stage.times(30, 2):
+        time.sleep(random.uniform(0, poll_s))
+        mark, then = kubelet.log.mark(), missing.mark()
+        began = time.monotonic()
+        tree.remove(bdf)
+        seen.append((kubelet.wait_health(R150, chip.id, "Unhealthy", after=mark) - began) * 1e3)
+        bare.append((missing.wait_for(lambda _: True, 10, then) - began) * 1e3)
+        tree.add(chip)
+        kubelet.wait_health(R150, chip.id, "Healthy", after=mark)
+    done.set()
+    thread.join()
+    yield Figure(f"card gone, poll {poll_s:g} s", "ms", seen, bare, "loop of listdir", {"p99": poll_s * 1000 + 20})
+
+
+def bench_poll(stage: Stage) -> Iterator[Figure]:
+    """One poll, by chip: CPU time of its thread, and system calls. The baseline lists the class and reads one file a chip."""
+    for count in (4, 32, 256):
+        tree = stage.tree(count)
+        top = f"{tree.sys}/class/tenstorrent"
+        inventory = tt.Inventory(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev))
+        hearts = [(tree.entry(bdf) / "tt_heartbeat").open("r+b", buffering=0) for bdf in tree.chips]
+
+        def read_bare(top: str = top) -> None:
+            for name in os.listdir(top):
+                fd = os.open(f"{top}/{name}/tt_heartbeat", os.O_RDONLY)
+                os.read(fd, 4096)
+                os.close(fd)
+
+        inventory.poll(time.monotonic())
+        polls, bare = list[float](), list[float]()
+        for number in stage.times(max(20, 4000 // count), 2):
+            for heart in hearts:
+                os.pwrite(heart.fileno(), b"%d\n" % (1001 + number), 0)
+            began = time.thread_time()
+            inventory.poll(time.monotonic())
+            between = time.thread_time()
+            read_bare()
+            polls.append((between - began) / count * 1e6)
+            bare.append((time.thread_time() - between) / count * 1e6)
+        for heart in hearts:
+            heart.close()
+        against = "1 read a chip"
+        yield Figure(f"{count} chips, CPU a chip", "us", polls, bare, against, {"p50": 60.0})
+        if counts := system_calls(tree, stage.room):
+            poll, least = (each / count for each in counts)
+            yield Figure(f"{count} chips, calls a chip", "", [poll], [least], against)
+
+
+def system_calls(tree: Tree, room: Path) -> tuple[int, int] | None:
+    """The system calls of one poll, and of the bare baseline; None where strace is missing or may not trace."""
+    command = [sys.executable, "-c", TRACED_POLL, str(tree.sys), str(tree.dev)]
+    try:
+        subprocess.run(["strace", "-o", room / "trace", *command], check=True, cwd=HERE, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    lines = (room / "trace").read_text().splitlines()
+    marks = [number for number, line in enumerate(lines) if "/mark of the benchmark" in line]
+    return marks[1] - marks[0] - 1, marks[2] - marks[1] - 1
+
+
+def bench_idle(stage: Stage) -> Iterator[Figure]:
+    """All at once, for a minute in which nothing changes but heartbeats: CPU in per cent of one core, and wake-ups."""
+    way = stage.ways()["module"]
+    server, _ = stage.empty(way)
+    pids = {0: server.pid}
+    for count in (4, 32):
+        tree, kubelet = stage.tree(count), stage.kubelet()
+        stage.beat(tree)
+        pids[count] = stage.plugin(way, tree, kubelet).process.pid
+        kubelet.wait_status(R150, count, count, timeout=30)
+    before = {count: effort(pid) for count, pid in pids.items()}
+    began = time.monotonic()
+    time.sleep(1 if stage.quick else 60)
+    seconds = time.monotonic() - began
+    after = {count: effort(pid) for count, pid in pids.items()}
+    cpu = {count: [(after[count].cpu_s - before[count].cpu_s) / seconds * 100] for count in pids}
+    wakeups = {count: [(after[count].wakeups - before[count].wakeups) / seconds] for count in pids}
+    for count, most in ((4, 0.3), (32, 1.0)):
+        yield Figure(f"{count} cards, CPU", "% core", cpu[count], cpu[0], "empty server", {"p50": most})
+        yield Figure(f"{count} cards, wake-ups", "/s", wakeups[count], wakeups[0], "empty server")
+
+
+def bench_growth(stage: Stage) -> Iterator[Figure]:
+    """What a thousand registrations, and a thousand clients of the empty server, leave behind; the first hundred warm up."""
+    way, tree, kubelet = stage.ways()["module"], stage.tree(4), stage.kubelet()
+    stage.beat(tree)
+    server, address = stage.empty(way)
+    plugin = stage.plugin(way, tree, kubelet)
+    kubelet.wait_status(R150, 4, 4, timeout=30)
+    count, warm = (6, 2) if stage.quick else (1100, 100)
+    held: list[tuple[Vitals, Vitals]] = []
+    for number in range(count + 1):
+        if number in (warm, count):
+            held.append((vitals(plugin), held_by(server.pid)))
+        mark = kubelet.log.mark()
+        kubelet.drop_stream(R150)
+        kubelet.wait_status(R150, 4, 0, after=mark)
+        kubelet.wait_status(R150, 4, 4, after=mark)
+        with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            raw(channel, SERVICE + "Allocate")(b"", timeout=10)
+    for place, (what, unit) in enumerate((("private memory", "KiB"), ("threads", ""), ("descriptors", ""))):
+        ours, theirs = (float(held[1][side][place] - held[0][side][place]) for side in (0, 1))
+        yield Figure(f"{what}, {count - warm} drops", unit, [ours], [theirs], "as many clients")
+
+
+BENCHMARKS: dict[str, Callable[[Stage], Iterator[Figure]]] = {
+    "start": bench_start,
+    "memory": bench_memory,
+    "calls": bench_calls,
+    "again": bench_again,
+    "fault": bench_fault,
+    "poll": bench_poll,
+    "idle": bench_idle,
+    "growth": bench_growth,
+}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    model = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return {
+        "cpu": model[0] if model else platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "grpcio": grpc.__version__,
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def measure(names: Sequence[str], quick: bool) -> dict[str, list[Figure]]:
+    """The figures of these benchmarks, each with a stage of its own; what is going on is said on stderr."""
+    results = {}
+    for name in names:
+        print(f"{name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}", file=sys.stderr, flush=True)
+        with Stage(quick) as stage:
+            results[name] = list(BENCHMARKS[name](stage))
+    return results
+
+
+def as_table(results: dict[str, list[Figure]]) -> str:
+    """For people: at most 120 columns."""
+    rows = [["", "n", "p50", "p99", "unit", "baseline", "p50", "ratio", "wanted at most"]]
+    for name, figures in results.items():
+        rows.append([name, *[""] * 8])
+        for figure in figures:
+            numbers, missed = figure.numbers(), figure.missed()
+            shown = {key: f"{numbers[key]:.4g}" if key in numbers else "-" for key in ("p50", "p99", "base", "ratio")}
+            wanted = [f"{what} {most:g}{' MISSED' if what in missed else ''}" for what, most in figure.most.items()]
+            row = [f"  {figure.name}", str(len(figure.samples)), shown["p50"], shown["p99"], figure.unit]
+            rows.append([*row, figure.against, shown["base"], shown["ratio"], ", ".join(wanted)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust]
+    return "\n".join(
+        "  ".join(align(cell, width) for cell, align, width in zip(row, aligned, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def as_json(results: dict[str, list[Figure]]) -> str:
+    """For programs."""
+    figures = [
+        {"benchmark": name, "name": one.name, "unit": one.unit, **one.numbers(), "baseline": one.against}
+        | {"wanted_at_most": dict(one.most), "missed": one.missed()}
+        for name, many in results.items()
+        for one in many
+    ]
+    return json.dumps({"machine": machine(), "figures": figures}, indent=2)
+
+
+def bench(arguments: list[str]) -> None:
+    """The program: `test_plugin.py --bench [--quick] [--json] [NAME...]`."""
+    parser = argparse.ArgumentParser(prog="bench", description="Every figure beside a bare baseline of the same run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quick", action="store_true", help="a few repetitions: shows that it runs, not how fast")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.names) - set(BENCHMARKS)):
+        parser.error(f"there is no benchmark {', '.join(unknown)}: choose of {', '.join(BENCHMARKS)}")
+    results = measure(options.names or list(BENCHMARKS), options.quick)
+    if options.json:
+        print(as_json(results))
+    else:
+        print("\n".join(f"{what:8}{text}" for what, text in machine().items()), end="\n\n")
+        print(as_table(results))
+
+
+def test_benchmarks_run() -> None:
+    """Each benchmark, with a few repetitions, fills its lines of the table; what the figures are is no test's business."""
+    results = measure(list(BENCHMARKS), quick=True)
+    for name, figures in results.items():
+        assert figures, name
+        for figure in figures:
+            numbers = figure.numbers()
+            assert numbers["n"] >= 1 and numbers["p50"] <= numbers["p99"], figure
+            assert numbers["p50"] > 0 or name in ("start", "growth", "idle"), figure  # those that are differences
+            assert set(figure.most) <= {"p50", "p99", "ratio"} and set(figure.missed()) <= set(figure.most)
+            assert bool(figure.bare) == bool(figure.against)
+    table = as_table(results).splitlines()
+    assert max(map(len, table)) <= 120
+    assert len(table) == 1 + len(results) + sum(map(len, results.values()))
+    told = json.loads(as_json(results))
+    assert set(told["machine"]) == {"cpu", "cores", "kernel", "python", "grpcio", "load"} and all(told["machine"].values())
+    assert [figure["benchmark"] for figure in told["figures"]] == [name for name, many in results.items() for _ in many]
+
+
+def test_percentile() -> None:
+    """Nearest rank: always one of the samples."""
+    assert percentile([3.0], 0.99) == percentile([3.0], 0.5) == 3.0
+    assert percentile([2.0, 1.0], 0.5) == 1.0 and percentile([2.0, 1.0], 0.99) == 2.0
+    assert percentile([float(n) for n in range(1, 201)], 0.99) == 198.0
+
+
+def test_missed_targets() -> None:
+    """A target is missed only above it, and a ratio of what has no baseline never."""
+    figure = Figure("any", "ms", [2.0, 4.0], [1.0], "bare", {"p50": 2.0, "p99": 3.9, "ratio": 1.9})
+    assert figure.missed() == ["p99", "ratio"]
+    assert figure._replace(bare=[], most={"ratio": 0.1}).missed() == []
+    assert "p99 3.9 MISSED" in as_table({"one": [figure]})
+
+
+def test_bench_usage() -> None:
+    """The command line: one benchmark by name as JSON; an unknown one is refused with the names there are."""
+    command = [sys.executable, str(HERE / "test_plugin.py"), "--bench", "--quick"]
+    done = subprocess.run([*command, "--json", "poll"], capture_output=True, text=True, check=True)
+    assert {figure["benchmark"] for figure in json.loads(done.stdout)["figures"]} == {"poll"}
+    refused = subprocess.run([*command, "pool"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "choose of start, memory" in refused.stderr
+
+
+if __name__ == "__main__":
+    bench(sys.argv[2:])
