@@ -384,7 +384,7 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]+", text)[:3])
 
 
-def is_device_node(path: str | Path, dev: str) -> bool:
+def is_device_node(path: str, dev: str) -> bool:
     """Whether `path` is, or links to, the character device that sysfs calls `dev`. Looks, never opens."""
     try:
         status = os.stat(path)
@@ -987,12 +987,13 @@ def host_path(settings: Settings, card: Card, chip: Chip) -> str:
         now_there = ""
     if now_there != chip.pci:
         raise unfit(card, f"/dev/{node} is no longer chip {chip.pci}: it has just been reset or removed; try again")
-    if not is_device_node(settings.dev_root / node, chip.dev):
+    if not is_device_node(f"{settings.dev_root}/{node}", chip.dev):
         raise unfit(card, FAULTS["no-node"].format(index=chip.index))
     if settings.fake:
         return os.devnull
     by_id = f"tenstorrent/by-id/{chip.id}"
-    return f"/dev/{by_id if is_device_node(settings.dev_root / by_id, chip.dev) else node}"
+    linked = is_device_node(f"{settings.dev_root}/{by_id}", chip.dev)
+    return f"/dev/{by_id if linked else node}"
 
 
 def wants_hugepages(settings: Settings, cards: Iterable[Card]) -> bool:
