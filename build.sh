@@ -329,7 +329,7 @@ bench() {
     alone build_if_needed >&2
     alone make_venv
     keep_caches_in_build
-    exec "$BUILD/venv/bin/python" "$TOP/test_plugin.py" --bench "$@"
+    GRPC_VERBOSITY=NONE exec "$BUILD/venv/bin/python" "$TOP/test_plugin.py" --bench "$@"
 }
 
 check() {
