@@ -554,8 +554,8 @@ def verdict(kind: str, chip: Chip) -> Verdict:
 # 3. The inventory: chips -> cards -> the snapshot; the polling thread; waking the streams
 # ======================================================================================================================
 
-HANG_TICKS = 8
-"""Watchdog ticks, a quarter of a second each, in which one chip's read must not end before it counts as hanging. Ticks,
+HANG_TICKS = 4
+"""Watchdog ticks, half a second each, in which one chip's read must not end before it counts as hanging. Ticks,
 not time: after a SIGSTOP of this process the clock has jumped, but the reader has had no chance yet."""
 
 
@@ -855,7 +855,7 @@ class Inventory:
         last, ticks = None, 0
         while True:
             self.watched_at = time.monotonic()
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(0.5)
             reading = self._reading
             ticks = ticks + 1 if reading is not None and reading == last else 0
             last = reading
