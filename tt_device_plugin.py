@@ -1624,92 +1624,57 @@ def family(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
     escape = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     for labels, value in samples:
         inside = ",".join(f'{key}="{label.translate(escape)}"' for key, label in labels.items())
-        lines.append(f"{name}{{{inside}}} {value}" if inside else f"{name} {value}")
+        lines.append(f"{name}{{{inside}}} {float(value)}" if inside else f"{name} {float(value)}")
     return "\n".join([*lines, ""]) if len(lines) > 2 else ""
 
 
 def metrics(inventory: Inventory, registrar: Registrar, now: float) -> str:
-    """/metrics. As many series as there are cards and chips, each name once; a reading that cannot be is absent.
-
-    `now` is time.monotonic(). Names of the vendor's exporter, tt-telemetry, where it has one that Prometheus allows.
-    """
+    """/metrics. As many series as there are cards and chips; a reading that cannot be is absent. `now` is time.monotonic()."""
     snapshot, pulses, states = inventory.snapshot, inventory.pulses, registrar.states()
     counts = dict(registrar.ledger.counts)
+    cards = [({"card": card.id, "resource": card.resource or "", "kind": card.verdict.kind}, card) for card in snapshot.cards]
     by_health = Counter((card.resource, card.verdict.health) for card in snapshot.cards)
-    chips = [
-        ({"card": card.id, "chip": chip.pci}, card, chip, pulses.get(chip.pci))
-        for card in snapshot.cards
-        for chip in card.chips
-    ]
+    facts: list[Sample] = []
+    chips: list[tuple[dict[str, str], Pulse]] = []
+    for card in snapshot.cards:
+        for chip in card.chips:
+            labels = {"card": card.id, "chip": chip.pci}
+            if pulse := pulses.get(chip.pci):
+                chips.append((labels, pulse))
+            fact = {"model": card.model, "arch": chip.arch, "serial": chip.serial, "firmware": chip.firmware}
+            facts.append((labels | fact | {"device_node": f"/dev/tenstorrent/{chip.index}" if chip.index >= 0 else ""}, 1))
 
     def counted(metric: str, *labels: str) -> list[Sample]:
         return [(dict(zip(labels, key[1:], strict=True)), value) for key, value in counts.items() if key[0] == metric]
 
-    ours = "tt_device_plugin_"
     versions = {"version": __version__, "python": sys.version.split()[0], "grpcio": grpc.__version__, "driver": snapshot.driver}
-    text = [
-        family(ours + "info", "gauge", "Versions; always 1.", [(versions, 1)]),
-        family(
-            *(ours + "registered", "gauge", "Whether the kubelet keeps the stream of the resource open."),
-            [({"resource": resource}, int(not why)) for resource, why in states.items()],
+    healths = [(resource, health) for resource in snapshot.resources for health in (HEALTHY, UNHEALTHY)]
+    rows: list[tuple[str, str, str, list[Sample]]] = [
+        ("info", "gauge", "Versions; always 1.", [(versions, 1)]),
+        ("registered", "gauge", "Whether its stream is open.", [({"resource": r}, not why) for r, why in states.items()]),
+        ("registrations_total", "counter", "By what ended the one before.", counted("registrations", "resource", "cause")),
+        ("allocations_total", "counter", "Allocate calls granted.", counted("allocations", "resource")),
+        ("refusals_total", "counter", "Calls refused.", counted("refusals", "resource", "call", "code")),
+        ("cards", "gauge", "Cards that are offered.", [({"resource": r, "health": h}, by_health[r, h]) for r, h in healths]),
+        ("cards_not_offered", "gauge", "--list says why.", [({}, sum(card.resource is None for _, card in cards))]),
+        (
+            *("card_healthy", "gauge", "Whether a card is offered and Healthy; kind says why not."),
+            [(labels, card.verdict.health == HEALTHY and card.resource is not None) for labels, card in cards],
         ),
-        family(
-            *(ours + "registrations_total", "counter", "Registrations, by what ended the one before."),
-            counted("registrations", "resource", "cause"),
+        ("chip_info", "gauge", "Facts of a chip; always 1.", facts),
+        (
+            *("heartbeat_age_seconds", "gauge", "Time since the chip's heartbeat was last seen to change."),
+            [(labels, now - pulse.changed) for labels, pulse in chips if pulse.beat is not None],
         ),
-        family(
-            *(ours + "cards", "gauge", "Cards that are offered, by health."),
-            [
-                ({"resource": resource, "health": health}, by_health[resource, health])
-                for resource in snapshot.resources
-                for health in (HEALTHY, UNHEALTHY)
-            ],
-        ),
-        family(
-            *(ours + "cards_not_offered", "gauge", "Cards that are not offered; --list says why."),
-            [({}, sum(card.resource is None for card in snapshot.cards))],
-        ),
-        family(ours + "allocations_total", "counter", "Allocate calls granted.", counted("allocations", "resource")),
-        family(ours + "refusals_total", "counter", "Calls refused.", counted("refusals", "resource", "call", "code")),
-        family(
-            *(ours + "card_healthy", "gauge", "Whether a card is Healthy and offered; kind says why not."),
-            [
-                (
-                    {"card": card.id, "resource": card.resource or "", "kind": card.verdict.kind},
-                    int(card.verdict.health == HEALTHY and card.resource is not None),
-                )
-                for card in snapshot.cards
-            ],
-        ),
-        family(
-            *(ours + "chip_info", "gauge", "Facts of a chip; always 1."),
-            [
-                (
-                    labels
-                    | {"model": card.model, "arch": chip.arch, "serial": chip.serial, "firmware": chip.firmware}
-                    | {"device_node": f"/dev/tenstorrent/{chip.index}" if chip.index >= 0 else ""},
-                    1,
-                )
-                for labels, card, chip, _ in chips
-            ],
-        ),
-        family(
-            *(ours + "heartbeat_age_seconds", "gauge", "Time since the chip's heartbeat was last seen to change."),
-            [(labels, now - pulse.changed) for labels, _, _, pulse in chips if pulse and pulse.beat is not None],
-        ),
-        family(
-            *(ours + "junk_readings_total", "counter", "Readings of a chip that cannot be, and were ignored."),
-            [(labels, pulse.junk) for labels, _, _, pulse in chips if pulse],
-        ),
+        ("junk_readings_total", "counter", "Readings that cannot be.", [(labels, pulse.junk) for labels, pulse in chips]),
+        ("polls_total", "counter", "Looks at all chips.", [({}, inventory.polls)]),
+        ("poll_seconds_total", "counter", "Time that polls took.", [({}, inventory.polls_s)]),
     ]
+    text = [family("tt_device_plugin_" + name, kind, what, samples) for name, kind, what, samples in rows]
     for name, sensor in SENSORS.items():
-        samples = [
-            (labels, pulse.readings[name] / sensor.scale) for labels, _, _, pulse in chips if pulse and name in pulse.readings
-        ]
-        text.append(family(sensor.metric, "counter" if sensor.metric.endswith("_total") else "gauge", sensor.help, samples))
-    seconds = ours + "poll_duration_seconds"
-    text.append(f"# HELP {seconds} Time that polls took.\n# TYPE {seconds} summary\n")
-    text.append(f"{seconds}_sum {inventory.polls_s}\n{seconds}_count {inventory.polls}\n")
+        kind = "counter" if sensor.metric.endswith("_total") else "gauge"
+        readings = [(labels, pulse.readings[name] / sensor.scale) for labels, pulse in chips if name in pulse.readings]
+        text.append(family(sensor.metric, kind, sensor.help, readings))
     return "".join(text)
 
 
