@@ -1772,7 +1772,7 @@ class KeptFile:
             return False
 
     def keep(self, text: str) -> None:
-        """Makes the file say `text`, or removes it if that is "". To be called again and again: what fails is tried again."""
+        """Makes the file say `text`, or removes it if that is "". To be called at each poll: what fails is tried again."""
         with self._lock:
             if self._ended or (text == self._text and (not text or self.current)):
                 return
@@ -2131,16 +2131,20 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> int:
     bell = Bell()
     cdi = KeptFile(settings.cdi_dir / CDI_FILE) if settings.cdi_dir else None
     labels = KeptFile(settings.labels_dir / LABELS_FILE) if settings.labels_dir else None
+    texts: dict[KeptFile, str] = {}
 
     def polled(old: Snapshot, new: Snapshot) -> None:
+        changed = new.cards != old.cards or not old.polled
+        if changed and cdi:
+            texts[cdi] = cdi_spec(settings, new)
+        if changed and labels:
+            texts[labels] = node_labels(settings, new)
         if not registrar.stay.second:  # two instances would overwrite each other's files
-            if cdi:
-                cdi.keep(cdi_spec(settings, new))
-            if labels:
-                labels.keep(node_labels(settings, new))
+            for file, text in texts.items():
+                file.keep(text)
         if not old.polled:
             introduce(settings, new)
-        if new.cards != old.cards or not old.polled:
+        if changed:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
                 loop.call_soon_threadsafe(bell.ring)
             report(old, new)
@@ -2159,9 +2163,8 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> int:
         if not task.cancelled():
             task.result()
     inventory.stop()
-    for file in (cdi, labels):
-        if file:
-            file.end()
+    for file in texts:
+        file.end()
     log.info("told to stop, and done")
     return 0
 
