@@ -1361,18 +1361,14 @@ def room() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["1.36", "1.20"])
-def both_kubelets(request: pytest.FixtureRequest, room: Path) -> Iterator[Kubelet]:
-    """A kubelet of each generation that matters, not started."""
-    with contextlib.closing(Kubelet(room / "k", request.param, room / "dev")) as made:
-        yield made
-
-
 @pytest.fixture
-def kubelet(room: Path) -> Iterator[Kubelet]:
-    """A kubelet of 1.36, for what does not depend on the generation; not started."""
-    with contextlib.closing(Kubelet(room / "k", "1.36", room / "dev")) as made:
+def kubelet(request: pytest.FixtureRequest, room: Path) -> Iterator[Kubelet]:
+    """A kubelet of 1.36, or of the generation that a parameter names; not started."""
+    with contextlib.closing(Kubelet(room / "k", getattr(request, "param", "1.36"), room / "dev")) as made:
         yield made
+
+
+both_generations = pytest.mark.parametrize("kubelet", ["1.36", "1.20"], indirect=True)  # for what may depend on them
 
 
 @pytest.fixture
@@ -1422,6 +1418,15 @@ def launch(command: list[str]) -> Iterator[Launch]:
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [stack.callback(plugin.close) for plugin in running])
         yield start
+
+
+@pytest.fixture
+def plugin(kubelet: Kubelet, four: Tree, launch: Launch) -> Plugin:
+    """One whose four cards the kubelet offers: where most tests begin."""
+    kubelet.start()
+    started = launch(four, kubelet)
+    kubelet.wait_status(R150, 4, 4)
+    return started
 
 
 def run(command: list[str], *flags: str, timeout: float = 30.0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -2202,9 +2207,9 @@ def test_kubelet_accepts_the_longest_name(kubelet: Kubelet, puppets: Callable[..
     kubelet.wait("stream")
 
 
-def test_kubelet_generations(both_kubelets: Kubelet) -> None:
+@both_generations
+def test_kubelet_generations(kubelet: Kubelet) -> None:
     """Contract 2: 1.20 answers, then dials, and takes the request's options; 1.36 dials first and takes the plugin's."""
-    kubelet = both_kubelets
     kubelet.start(dial_delay=0.2)
     with contextlib.closing(Puppet(kubelet.folder, "example.com/x", pre_start_required=True)) as puppet:
         puppet.register(options={"pre_start_required": False})
@@ -2400,9 +2405,9 @@ STANDING_BY = r"stand(s|ing)? by"
 module_only = pytest.mark.parametrize("command", ["module"], indirect=True)  # for what packing cannot change
 
 
-def test_registers_at_start(both_kubelets: Kubelet, four: Tree, launch: Launch) -> None:
+@both_generations
+def test_registers_at_start(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """Four n150, a kubelet, and half a second after the process was started they are all offered."""
-    kubelet = both_kubelets
     kubelet.start()
     plugin = launch(four, kubelet)
     offered = kubelet.wait_status(R150, 4, 4)
@@ -2418,11 +2423,8 @@ def test_registers_at_start(both_kubelets: Kubelet, four: Tree, launch: Launch) 
 
 
 @module_only
-def test_says_nothing_without_a_change(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_says_nothing_without_a_change(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
     """Hearts beat and temperatures move; the kubelet hears nothing, and nothing is registered twice (story 13)."""
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     plugin.wait_for_line(f"registered {R150}")
     mark, lines = kubelet.log.mark(), plugin.log.mark()
     four.set(N150[0].bdf, "device/hwmon/hwmon2/temp1_input", "60000\n")
@@ -2430,13 +2432,10 @@ def test_says_nothing_without_a_change(kubelet: Kubelet, four: Tree, launch: Lau
     assert plugin.log.mark() == lines, plugin.lines()[lines:]
 
 
+@both_generations
 @pytest.mark.parametrize("how", ["stop", "kill"])
-def test_kubelet_restarts(both_kubelets: Kubelet, four: Tree, launch: Launch, how: str) -> None:
+def test_kubelet_restarts(kubelet: Kubelet, plugin: Plugin, how: str) -> None:
     """After each of many restarts the cards are offered again at once, by exactly one Register per life."""
-    kubelet = both_kubelets
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     for number in range(RESTARTS // 2):  # this many of each kind
         if number % 2:  # a gap of milliseconds, or one of the time that a Python process needs
             kubelet.prepare()
@@ -2450,12 +2449,9 @@ def test_kubelet_restarts(both_kubelets: Kubelet, four: Tree, launch: Launch, ho
     assert plugin.process.poll() is None
 
 
-def test_kubelet_drops_the_stream(both_kubelets: Kubelet, four: Tree, launch: Launch) -> None:
+@both_generations
+def test_kubelet_drops_the_stream(kubelet: Kubelet, plugin: Plugin) -> None:
     """Only the stream ends, all sockets stay (story 1): the cards are offered again at once, each time."""
-    kubelet = both_kubelets
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     for _ in range(RESTARTS):
         mark = kubelet.log.mark()
         dropped = kubelet.drop_stream(R150)
@@ -2466,13 +2462,11 @@ def test_kubelet_drops_the_stream(both_kubelets: Kubelet, four: Tree, launch: La
     assert sockets(kubelet) == [kubelet.seen("register")[-1]["endpoint"]], "one socket, not one for each registration"
 
 
+@both_generations
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
-def test_takeover(both_kubelets: Kubelet, four: Tree, launch: Launch, ending: signal.Signals) -> None:
+def test_takeover(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Launch, ending: signal.Signals) -> None:
     """A second instance stands by and takes over at once when the first ends (story 4), again and again."""
-    kubelet = both_kubelets
-    kubelet.start()
-    holder = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
+    holder = plugin
     for _ in range(3):
         heir = launch(four, kubelet)
         heir.wait_for_line(STANDING_BY)
@@ -2493,47 +2487,82 @@ def test_takeover(both_kubelets: Kubelet, four: Tree, launch: Launch, ending: si
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 @module_only
-def test_the_one_standing_by_ends(kubelet: Kubelet, four: Tree, launch: Launch, ending: signal.Signals) -> None:
+def test_the_one_standing_by_ends(
+    kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Launch, ending: signal.Signals
+) -> None:
     """The other order: the second instance comes and goes, and neither the first nor the kubelet notices."""
-    kubelet.start()
-    holder = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark, before = kubelet.log.mark(), sockets(kubelet)
     second = launch(four, kubelet)
     second.wait_for_line(STANDING_BY)
     second.end(ending)
     kubelet.log.never(lambda event: True, 0.5, mark)
-    assert sockets(kubelet) == before and holder.process.poll() is None
+    assert sockets(kubelet) == before and plugin.process.poll() is None
 
 
-@pytest.mark.parametrize("state", ["no folder", "no kubelet", "kubelet gone", "registered", "standing by"])
+# State of the registration loop: how the kubelet starts (None: it does not), and what the plugin says when it is reached.
+STATES: dict[str, tuple[dict[str, Any] | None, str]] = {
+    "in its first poll": (None, "kubelet folder"),
+    "no folder": (None, "not there yet"),
+    "no kubelet": (None, "there is no .*kubelet.sock"),
+    "nobody listens": ({"wait": "bound", "listen_delay": 60}, "nobody listens"),
+    "Register hangs": ({"faults": {"register_hangs": 1}}, ""),
+    "Register has failed": ({"faults": {"register_fails": 99}}, "trying again"),
+    "no stream yet": ({"faults": {"no_stream": 1}}, ""),
+    "registered": ({}, "registered"),
+    "kubelet gone": ({}, "registered"),
+    "folder gone": ({}, "registered"),
+    "standing by": ({}, STANDING_BY),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_sigterm(kubelet: Kubelet, four: Tree, launch: Launch, state: str) -> None:
     """SIGTERM in each state: exit code 0 within a second, and no socket of this process is left."""
+    start, says = STATES[state]
     first = None
+    if state == "in its first poll":  # which does not end
+        with four.lock:
+            four.chips[N150[0].bdf] = replace(N150[0], heartbeat=False)
+            four.set(N150[0].bdf, "tt_card_type", None)
+            os.mkfifo(four.entry(N150[0].bdf) / "tt_card_type")
     if state == "no kubelet":
         kubelet.folder.mkdir(parents=True)
-    if state in ("kubelet gone", "registered", "standing by"):
-        kubelet.start()
+    if start is not None:
+        kubelet.start(**start)
     if state == "standing by":
         first = launch(four, kubelet)
         kubelet.wait_status(R150, 4, 4)
     before = sockets(kubelet)
     plugin = launch(four, kubelet)
-    if state in ("no folder", "no kubelet"):
-        plugin.wait_for_line("kubelet")
-    elif state == "standing by":
-        plugin.wait_for_line(STANDING_BY)
-    else:
-        kubelet.wait_status(R150, 4, 4)
+    plugin.wait_for_line(says)
+    if event := {"Register hangs": "register", "no stream yet": "no_stream"}.get(state):
+        kubelet.wait(event)
+    lines = plugin.log.mark()
     if state == "kubelet gone":
-        lines = plugin.log.mark()
         kubelet.kill()
-        plugin.wait_for_line("", after=lines)
+        plugin.wait_for_line("ended", after=lines)
+    elif state == "folder gone":
+        shutil.rmtree(kubelet.folder)
     code, seconds = plugin.end(signal.SIGTERM)
     assert code == 0, plugin.lines()
     quick(seconds, TERM_S, "SIGTERM to the end")
     assert sockets(kubelet) == before
     assert not first or first.process.poll() is None
+
+
+@module_only
+def test_sigterm_during_allocate(kubelet: Kubelet, plugin: Plugin) -> None:
+    """Calls under way get a card or a status, and keep nobody from ending."""
+    one = MESSAGES["ContainerAllocateRequest"](devices_ids=[N150[0].id])
+    request = MESSAGES["AllocateRequest"](container_requests=[one]).SerializeToString()
+    with grpc.insecure_channel(f"unix:{kubelet.folder / sockets(kubelet)[0]}") as channel:
+        calls = [raw(channel, "/v1beta1.DevicePlugin/Allocate").future(request, timeout=10) for _ in range(1000)]
+        assert calls[0].result() and not all(call.done() for call in calls)
+        code, seconds = plugin.end(signal.SIGTERM)
+        codes = Counter(call.code() for call in calls)
+    assert code == 0 and not sockets(kubelet)
+    quick(seconds, TERM_S, "SIGTERM to the end with calls under way")
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}, codes
 
 
 @module_only
@@ -2555,11 +2584,8 @@ def test_sigterm_while_a_stream_ends(kubelet: Kubelet, four: Tree, launch: Launc
         quick(seconds, TERM_S, "SIGTERM to the end")
 
 
-def test_sigint(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_sigint(kubelet: Kubelet, plugin: Plugin) -> None:
     """Ctrl-C is as good."""
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     code, seconds = plugin.end(signal.SIGINT)
     assert code == 0 and not sockets(kubelet)
     quick(seconds, TERM_S, "SIGINT to the end")
@@ -2581,10 +2607,10 @@ def test_node_without_cards(kubelet: Kubelet, room: Path, launch: Launch, driver
         kubelet.wait_status(R150, 1, 1, timeout=REPLUG_S)
 
 
+@both_generations
 @pytest.mark.parametrize("folder", ["missing", "empty"])
-def test_kubelet_comes_later(both_kubelets: Kubelet, four: Tree, launch: Launch, folder: str) -> None:
+def test_kubelet_comes_later(kubelet: Kubelet, four: Tree, launch: Launch, folder: str) -> None:
     """The plugin is there first, even before the kubelet's folder is (story 3): it waits, and says so once."""
-    kubelet = both_kubelets
     if folder == "empty":
         kubelet.folder.mkdir(parents=True)
     plugin = launch(four, kubelet)
@@ -2597,10 +2623,10 @@ def test_kubelet_comes_later(both_kubelets: Kubelet, four: Tree, launch: Launch,
     assert lines <= 8, plugin.lines()
 
 
+@both_generations
 @module_only
-def test_two_models(both_kubelets: Kubelet, tree: Tree, beating: Beating, launch: Launch) -> None:
+def test_two_models(kubelet: Kubelet, tree: Tree, beating: Beating, launch: Launch) -> None:
     """Two models are two resources on two sockets; a model comes and goes while the other is left alone."""
-    kubelet = both_kubelets
     tree.add(N150[0])
     n300 = replace(N300[0], n=5)
     tree.add(n300)
@@ -2622,10 +2648,10 @@ def test_two_models(both_kubelets: Kubelet, tree: Tree, beating: Beating, launch
     assert not kubelet.seen("devices", after=mark, resource=R150)
 
 
+@both_generations
 @module_only
-def test_bound_but_not_listening(both_kubelets: Kubelet, four: Tree, launch: Launch) -> None:
+def test_bound_but_not_listening(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """kubelet.sock is there before it listens (story 3, contract 1): one refused connection must not be the last."""
-    kubelet = both_kubelets
     launch(four, kubelet)
     kubelet.start(listen_delay=1)
     offered = kubelet.wait_status(R150, 4, 4)
@@ -2666,12 +2692,9 @@ def test_registration_goes_round(kubelet: Kubelet, four: Tree, launch: Launch, f
 ########################################################################################################################
 
 
-def test_card_removed_and_back(both_kubelets: Kubelet, four: Tree, launch: Launch) -> None:
+@both_generations
+def test_card_removed_and_back(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
     """A reset in a hot-plug slot: Unhealthy, and Healthy again under the same ID with another number (story 16, 17)."""
-    kubelet = both_kubelets
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     gone = time.monotonic()
     chip = four.remove(N150[1].bdf)
@@ -2690,11 +2713,8 @@ def test_card_removed_and_back(both_kubelets: Kubelet, four: Tree, launch: Launc
 
 
 @module_only
-def test_heart_stops_and_beats_again(kubelet: Kubelet, four: Tree, beating: Beating, launch: Launch) -> None:
+def test_heart_stops_and_beats_again(kubelet: Kubelet, beating: Beating, plugin: Plugin) -> None:
     """Firmware hangs: this card and no other is Unhealthy; it recovers with its heart (story 5, 6)."""
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     chip = N150[2]
     stopped = beating.stop(chip.bdf)
@@ -2804,11 +2824,8 @@ def test_read_that_hangs(kubelet: Kubelet, four: Tree, launch: Launch, file: str
 
 
 @module_only
-def test_device_node_missing(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_device_node_missing(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
     """sysfs has the card and /dev does not: Unhealthy until the node is there."""
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     four.node(N150[0].bdf).unlink()
     kubelet.wait_health(R150, N150[0].id, "Unhealthy", timeout=UNPLUG_S, after=mark)
@@ -2818,11 +2835,8 @@ def test_device_node_missing(kubelet: Kubelet, four: Tree, launch: Launch) -> No
 
 
 @module_only
-def test_device_node_is_another_device(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_device_node_is_another_device(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
     """The node's number is not what sysfs says of the chip (always 5): Unhealthy, and never handed out."""
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     node = four.node(N150[0].bdf)
     node.unlink()
@@ -2905,12 +2919,9 @@ def test_numa(
 ########################################################################################################################
 
 
-def test_allocate(both_kubelets: Kubelet, four: Tree, launch: Launch) -> None:
+@both_generations
+def test_allocate(kubelet: Kubelet, plugin: Plugin) -> None:
     """What a Pod gets for two cards, in whatever order their ids come; asked twice, it gets the same."""
-    kubelet = both_kubelets
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     for _ in range(5):
         answer = kubelet.allocate(R150, [N150[3].id, N150[0].id])
         paths = ["/dev/tenstorrent/0", "/dev/tenstorrent/3"]
@@ -2951,24 +2962,16 @@ BAD_REQUESTS = [
 
 @pytest.mark.parametrize(("method", "request_", "code", "word"), BAD_REQUESTS)
 @module_only
-def test_bad_requests(
-    kubelet: Kubelet, four: Tree, launch: Launch, method: str, request_: dict[str, Any], code: str, word: str
-) -> None:
+def test_bad_requests(kubelet: Kubelet, plugin: Plugin, method: str, request_: dict[str, Any], code: str, word: str) -> None:
     """A refusal is a status with a sentence, and the next good request is served (always 11)."""
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     with refused(code, word, " "):
         kubelet.rpc(R150, method, request_)
     assert kubelet.allocate(R150, [N150[0].id])["devices"]
 
 
 @module_only
-def test_allocate_several_containers(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_allocate_several_containers(kubelet: Kubelet, plugin: Plugin) -> None:
     """The API allows several containers in one request: an answer for each, in their order."""
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     request = {"container_requests": [{"devices_ids": [N150[2].id]}, {"devices_ids": [N150[1].id, N150[0].id]}]}
     answers = kubelet.rpc(R150, "Allocate", request)["container_responses"]
     assert [len(answer["devices"]) for answer in answers] == [1, 2]
@@ -2976,11 +2979,8 @@ def test_allocate_several_containers(kubelet: Kubelet, four: Tree, launch: Launc
 
 
 @module_only
-def test_preferred_allocation(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_preferred_allocation(kubelet: Kubelet, plugin: Plugin) -> None:
     """As many as asked for, of those available, with those that must be; all of one NUMA node where that is possible."""
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     ids = [chip.id for chip in N150]
     for size in (1, 2, 3, 4):
         chosen = kubelet.preferred(R150, random.sample(ids, 4), size)
@@ -2989,12 +2989,9 @@ def test_preferred_allocation(kubelet: Kubelet, four: Tree, launch: Launch) -> N
     assert set(kubelet.preferred(R150, [ids[0], ids[2], ids[3]], 2)) == {ids[2], ids[3]}
 
 
-def test_pod(both_kubelets: Kubelet, four: Tree, launch: Launch) -> None:
+@both_generations
+def test_pod(kubelet: Kubelet, four: Tree, launch: Launch, plugin: Plugin) -> None:
     """A Pod's life: admitted once, started often, over restarts of kubelet and plugin, with the first answer all the time."""
-    kubelet = both_kubelets
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     first = kubelet.admit("pod", {R150: 2})
     assert kubelet.start_container("pod")["envs"] == first["envs"]
     mark = kubelet.log.mark()
@@ -3361,11 +3358,8 @@ def busy_machine() -> Iterator[None]:
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
 @module_only
-def test_restarts_under_load(kubelet: Kubelet, four: Tree, launch: Launch, how: str) -> None:
+def test_restarts_under_load(kubelet: Kubelet, plugin: Plugin, how: str) -> None:
     """Stories 2 and 3: with all cores busy, each new kubelet has the cards within a second of answering."""
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     with busy_machine():
         for _ in range(100 if LONG else 5):
             mark = kubelet.log.mark()
@@ -3376,11 +3370,8 @@ def test_restarts_under_load(kubelet: Kubelet, four: Tree, launch: Launch, how: 
 
 
 @module_only
-def test_dropped_streams_leave_nothing(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_dropped_streams_leave_nothing(kubelet: Kubelet, plugin: Plugin) -> None:
     """Stories 12, 13, 22: many dropped streams cost no memory, thread or descriptor, and the machine no busy loop."""
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     seen: list[Vitals] = []
     for number in range(1001 if LONG else 151):
         if number in ((100, 1000) if LONG else (50, 150)):
@@ -3395,13 +3386,10 @@ def test_dropped_streams_leave_nothing(kubelet: Kubelet, four: Tree, launch: Lau
     assert len(sockets(kubelet)) == 1
 
 
+@both_generations
 @module_only
-def test_paused_kubelet(both_kubelets: Kubelet, four: Tree, launch: Launch) -> None:
+def test_paused_kubelet(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
     """A kubelet that is stopped for a while keeps its stream (contract 7): nothing happens, and what changed comes after."""
-    kubelet = both_kubelets
-    kubelet.start()
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     kubelet.pause()
     four.remove(N150[0].bdf)
@@ -3412,11 +3400,8 @@ def test_paused_kubelet(both_kubelets: Kubelet, four: Tree, launch: Launch) -> N
 
 
 @module_only
-def test_paused_plugin(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_paused_plugin(kubelet: Kubelet, plugin: Plugin) -> None:
     """A plugin that is stopped for longer than a heartbeat may stand still judges nobody by its own absence."""
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     plugin.send(signal.SIGSTOP)
     kubelet.log.never(lambda event: True, 30.0 if LONG else 13.0, mark)
@@ -3427,11 +3412,8 @@ def test_paused_plugin(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 
 
 @module_only
-def test_folder_made_anew(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_folder_made_anew(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Launch) -> None:
     """The device-plugins folder is deleted and made anew by the next kubelet: the lock, the socket and the cards follow."""
-    kubelet.start()
-    holder = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     heir = launch(four, kubelet)
     heir.wait_for_line(STANDING_BY)
     for _ in range(3):
@@ -3442,7 +3424,7 @@ def test_folder_made_anew(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
         kubelet.wait_status(R150, 4, 4, after=mark)
         kubelet.log.never(lambda event: True, 0.5, kubelet.log.mark())
         assert len(sockets(kubelet)) == 1
-    assert holder.process.poll() is None and heir.process.poll() is None
+    assert plugin.process.poll() is None and heir.process.poll() is None
 
 
 @module_only
@@ -3467,13 +3449,10 @@ def test_three_instances(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 
 
 @module_only
-def test_stale_sockets(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_stale_sockets(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Launch) -> None:
     """Story 20: what a killed instance has left goes away; other plugins' sockets, and what is no socket, do not."""
-    kubelet.start()
-    first = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
-    first.end(signal.SIGKILL)
+    plugin.end(signal.SIGKILL)
     kubelet.wait_status(R150, 4, 0, after=mark)
     (stale,) = sockets(kubelet)
     for name in ("nvidia-gpu.sock", "tenstorrent-n150-zzzzzz.sock"):  # nobody listens on them either
@@ -3504,11 +3483,8 @@ def test_kubelet_refuses_for_ever(kubelet: Kubelet, four: Tree, launch: Launch, 
 
 
 @module_only
-def test_no_descriptors(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_no_descriptors(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
     """EMFILE: no card is judged by it, and when there are descriptors again, all goes on."""
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     limits = prlimit(plugin.process.pid, RLIMIT_NOFILE)
     prlimit(plugin.process.pid, RLIMIT_NOFILE, (3, limits[1]))
@@ -3561,11 +3537,8 @@ def call(channel: grpc.Channel, method: str, request: bytes, timeout: float = 10
 
 
 @module_only
-def test_hostile_calls(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+def test_hostile_calls(kubelet: Kubelet, plugin: Plugin) -> None:
     """Whatever is sent, there is a status with a sentence, and honest callers hardly notice."""
-    kubelet.start()
-    plugin = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
     target = f"unix:{kubelet.folder / sockets(kubelet)[0]}"
     service = "/v1beta1.DevicePlugin/"
     noise = random.Random(4711)
