@@ -1702,6 +1702,24 @@ def test_card_keeps_its_id_over_a_reset() -> None:
     assert [stage.cards[0].verdict.since - 1e9 for stage in stages] == [0, 1, 1, 3], "since when it has had this health"
 
 
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_clock_is_set(jump: float, caplog: pytest.LogCaptureFixture) -> None:
+    """A wall clock that jumps changes no verdict, tells no change that there was not, and shows in no duration."""
+    caplog.set_level("INFO")
+    snapshot, pulses, kinds = tt.Snapshot(), dict[str, tt.Pulse](), []
+    wall = 1e9
+    for now, seen in [(0.0, [sighting()]), (1.0, [sighting(beat=2)]), (2.0, []), (4.0, [sighting(beat=3)])]:
+        wall += jump
+        last = snapshot
+        snapshot, pulses = tt.assess(last, pulses, seen, tt.Settings(), now, wall)
+        tt.report(last, snapshot)
+        kinds.append(snapshot.cards[0].verdict.kind)
+    assert kinds == ["ok", "ok", "gone", "ok"]
+    healthy, unhealthy, again = caplog.messages
+    assert healthy.endswith("is Healthy") and "Unhealthy" in unhealthy and again.endswith("is Healthy again, after 2 s")
+    assert snapshot.cards[0].verdict.since == wall, "what is shown is the clock's time"
+
+
 def test_card_moves_to_another_slot() -> None:
     """The ASIC id counts, not the PCI address; and a new card in the old one's slot is a new card."""
     first, other = sighting("0000:01:00.0", asic_id="A" * 16), sighting("0000:01:00.0", asic_id="B" * 16)
@@ -3427,25 +3445,88 @@ def test_folder_made_anew(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: 
     assert plugin.process.poll() is None and heir.process.poll() is None
 
 
+@pytest.mark.parametrize("order", ["the old one ends", "the old one drops its stream", "the new one is late", "the new one ends"])
 @module_only
-def test_three_instances(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
-    """Three at once, ended in every order, by SIGTERM and SIGKILL in turn: one serves as long as one is there."""
-    kubelet.start()
-    for order in itertools.permutations(range(3)):
+def test_two_kubelets(kubelet: Kubelet, plugin: Plugin, order: str) -> None:
+    """A new kubelet starts in the folder of one that lives: cards and Pods are the old one's while it keeps its stream, and
+    then at once the new one's, though its start has removed the plugin's socket."""
+    held = kubelet.admit("pod", {R150: 2})["ids"]
+    free = next(chip.id for chip in N150 if chip.id not in held[R150])
+    with contextlib.closing(Kubelet(kubelet.root, "1.36", kubelet.dev_root)) as new:
         mark = kubelet.log.mark()
-        three = [launch(four, kubelet) for _ in range(3)]
-        kubelet.wait_status(R150, 4, 4, after=mark)
-        for left, one in zip((2, 1, 0), order, strict=True):
-            serving = kubelet.seen("register")[-1]["endpoint"]
-            mark = kubelet.log.mark()
-            three[one].end(signal.SIGKILL if one == 1 else signal.SIGTERM)
-            if not left or kubelet.seen("stream_end", after=mark):
+        new.start(**({"wait": "bound", "listen_delay": 1} if order == "the new one is late" else {}))
+        assert not sockets(kubelet)
+        new.log.never(fits("register", {}), 0.3, 0)
+        assert kubelet.allocate(R150, [free])["devices"]
+        if order == "the new one ends":
+            new.kill()
+            assert kubelet.allocate(R150, [free])["devices"]
+        assert not kubelet.seen("stream_end", after=mark)
+        if order == "the old one drops its stream":
+            kubelet.drop_stream(R150)
+        else:
+            kubelet.kill()
+        ended = time.monotonic()
+        if order == "the new one ends":
+            new.start()
+        offered, answers = new.wait_status(R150, 4, 4), new.seen("listening")[-1]["t"]
+        quick(max(0.0, offered - max(ended, answers)), AGAIN_S, "the older of two kubelets ends to registered with the newer")
+        assert new.admit("pod", {R150: 2})["ids"] == held
+        new.start_container("pod")
+        mark = new.log.mark()
+        kubelet.close()
+        new.log.never(lambda event: True, 0.3, mark)
+        assert sockets(new) == [event["endpoint"] for event in new.seen("register")]
+
+
+def lives(number: int) -> list[str]:
+    """Every order in which so many instances can start and end, without regard to their names: + the next one, 0 1 2 it."""
+
+    def go(word: str, started: int, there: str) -> Iterator[str]:
+        if started == number and not there:
+            yield word
+        if started < number:
+            yield from go(f"{word}+", started + 1, f"{there}{started}")
+        for one in there:
+            yield from go(word + one, started, there.replace(one, ""))
+
+    return list(go("", 0, ""))
+
+
+@pytest.mark.parametrize("word", lives(2) + lives(3))
+@module_only
+def test_instances(kubelet: Kubelet, four: Tree, launch: Launch, word: str) -> None:
+    """Two and three instances (story 4) that start and end in each order, all but the second by SIGKILL: one serves as long
+    as one is there, and only the end of that one reaches the kubelet. A lock or socket of the dead stops nobody."""
+    kubelet.start()
+    started: list[Plugin] = []
+    there: set[int] = set()
+    for step in word:
+        mark, held = kubelet.log.mark(), holder(kubelet)
+        if step == "+":
+            started.append(launch(four, kubelet))
+            there.add(started[-1].process.pid)
+            if held:
+                started[-1].wait_for_line(STANDING_BY)
+        else:
+            one = started[int(step)]
+            one.end(signal.SIGTERM if step == "1" else signal.SIGKILL)
+            there.remove(one.process.pid)
+            if one.process.pid == held:
                 kubelet.wait_status(R150, 4, 0, after=mark)
-                if left:
-                    kubelet.wait_status(R150, 4, 4, after=mark)
-        assert serving
-        for name in sockets(kubelet):  # of the one that was killed last, if it was
-            (kubelet.folder / name).unlink()
+        if held in there:
+            kubelet.log.never(lambda event: True, 0.1, mark)
+            assert holder(kubelet) == held
+        elif there:
+            kubelet.wait_status(R150, 4, 4, after=mark)
+            assert holder(kubelet) in there
+            assert sockets(kubelet) == [event["endpoint"] for event in kubelet.seen("register", after=mark)]
+
+
+def holder(kubelet: Kubelet) -> int:
+    """The process that holds the lock on the kubelet's folder, as the kernel says; 0 if none does."""
+    locks = re.findall(r"FLOCK +ADVISORY +WRITE (\d+) \S+:(\d+) ", Path("/proc/locks").read_text())
+    return next((int(pid) for pid, inode in locks if int(inode) == kubelet.folder.stat().st_ino), 0)
 
 
 @module_only

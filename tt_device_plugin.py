@@ -461,7 +461,8 @@ class Verdict:
     health: str = HEALTHY  # HEALTHY, UNHEALTHY or PENDING (never offered yet, and not to be offered now)
     kind: str = "ok"  # ok, twin, alone, or a key of FAULTS
     reason: str = ""  # for the admin, "" if ok; never with numbers that change from poll to poll
-    since: float = 0.0  # time.time() since when it has had this health; 0.0 for a chip
+    since: float = 0.0  # time.time() since when it has had this health, to be shown; 0.0 for a chip
+    began: float = 0.0  # time.monotonic() of that, for durations: a clock that is set must not show in them
 
 
 FIT = Verdict()
@@ -701,8 +702,8 @@ def assess(
             found = TWIN
         elif found.kind == "ok" and card.model.startswith("p300") and len(card.chips) == 1:
             found = ALONE
-        since = last.since if last and last.health == found.health else wall
-        result.append(replace(card, verdict=replace(found, since=since)))
+        since, began = (last.since, last.began) if last and last.health == found.health else (wall, now)
+        result.append(replace(card, verdict=replace(found, since=since, began=began)))
     result.sort(key=lambda card: (card.resource is None, card.resource or "", card.chips[0].pci, card.id))
     # Of a chip that is away only the thermal trips are kept: such a trip is what may have taken it away.
     absent = {pci: Pulse(now, changed=now, trips=pulse.trips) for pci, pulse in pulses.items() if pulse.trips is not None}
@@ -881,7 +882,7 @@ def report(old: Snapshot, new: Snapshot) -> None:
             log.warning("%s is not offered: %s", card, card.verdict.reason or "its model is unknown", extra=extra)
         elif card.verdict.health == HEALTHY:
             back = last is not None and last.resource is not None and last.verdict.health != HEALTHY
-            text = f" again, after {card.verdict.since - last.verdict.since:.0f} s" if last is not None and back else ""
+            text = f" again, after {card.verdict.began - last.verdict.began:.0f} s" if last is not None and back else ""
             log.info("%s is Healthy%s%s", card, text, card.verdict.reason and f": {card.verdict.reason}", extra=extra)
         else:
             log.error("%s is Unhealthy: %s", card, card.verdict.reason, extra=extra)
