@@ -1514,6 +1514,7 @@ SILENT = tt.Sighting(sighting().chip, tt.Signs(None, "", True))  # the heartbeat
         pytest.param([(t, sighting()) for t in (0, 30, 31, 32)], ["ok"] * 3 + ["hung"], id="a pause is no proof"),
         pytest.param([(0, sighting())] + [(t, SILENT) for t in (5, 9, 15)], ["ok"] * 3 + ["hung"], id="not readable"),
         pytest.param([(0, sighting()), *((t, MUTE) for t in (5, 9, 15, 20))], ["ok"] * 5, id="its file goes away"),
+        pytest.param([*((t, sighting()) for t in (0, 1, 2, 3)), (20, MUTE)], ["ok"] * 5, id="its file goes away later"),
         pytest.param(
             [(0, sighting()), *((t, sighting(fault="gone")) for t in (9, 15, 20)), (21, sighting())],
             ["ok", "gone", "gone", "gone", "ok"],
@@ -1585,7 +1586,7 @@ def test_events() -> None:
     assert [line.split(":")[0] for line in hot] == ["is above its temperature limit and throttles", "throttles no longer"]
     junk = told((54, None), (65535, None), (54, None), (65535, None))  # below 0 C, read as unsigned (facts, section 2)
     assert len(junk) == 1 and "ignored" in junk[0]
-    assert [line[:14] for line in told((54, 2), (54, 3), (54, 3))] == ["was shut down "]
+    assert told((54, 2), (54, 5), (54, 5)) == ["was shut down by critical temperature, 3 times since the last look"]
     assert told((None, None), (None, 0xFFFFFFFF), (54, None)) == junk
 
 
@@ -2095,11 +2096,11 @@ def test_unreadable_files(room: Path, error: int, file: str) -> None:
     with pytest.raises(OSError) as caught:
         tt.read_attribute(path)
     assert caught.value.errno == error
-    for inventory in (inventory, tt.Inventory(inventory.settings)):  # one that knew the card, and one that is new to it
+    for one in (inventory, tt.Inventory(inventory.settings)):  # one that knew the card, and one that is new to it
         for now in (1.0, 2.0):
-            inventory.poll(now)
-        assert [replace(card.chips[0], stamp=(0, 0)) for card in inventory.snapshot.cards] == without
-        assert [card.id for card in inventory.snapshot.cards if card.verdict.kind == "ok"][-1:] == [N150[1].id]
+            one.poll(now)
+        assert [replace(card.chips[0], stamp=(0, 0)) for card in one.snapshot.cards] == without
+        assert [card.id for card in one.snapshot.cards if card.verdict.kind == "ok"][-1:] == [N150[1].id]
 
 
 @pytest.mark.parametrize("file", ["tt_card_type", "tt_heartbeat"])
@@ -2132,6 +2133,7 @@ def test_chip_that_goes_while_it_is_read(tree: Tree, file: str) -> None:
         pytest.param(lambda entry: entry.write_text(""), id="a file"),
         pytest.param(lambda entry: entry.mkdir(), id="an empty folder"),
         pytest.param(lambda entry: (entry.mkdir(), (entry / "device").symlink_to("/")), id="a device that is none"),
+        pytest.param(lambda entry: (entry.mkdir(), (entry / "device").symlink_to("0000:09:00.0")), id="a device that is gone"),
     ],
 )
 @pytest.mark.parametrize("name", ["tenstorrent!7", "by-id", "tenstorrent!x", "tenstorrent!07", "tenstorrent!"])
@@ -2142,6 +2144,103 @@ def test_odd_class_entries(tree: Tree, make: Callable[[Path], object], name: str
     inventory = tt.Inventory(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev))
     inventory.poll(0.0)
     assert [card.id for card in inventory.snapshot.cards] == [N150[0].id]
+
+
+def test_place_in_the_pci_tree(tree: Tree) -> None:
+    """A chip below bridges: its own address is the last part of the path, root bus and bridges are what is above it."""
+    bridges = ("pci0000:40", "0000:40:01.1", "0000:41:00.0")
+    device = tree.sys.joinpath("devices", *bridges, "0000:42:00.0")
+    entry = device / "tenstorrent/tenstorrent!3"
+    entry.mkdir(parents=True)
+    (entry / "device").symlink_to("../..")
+    (tree.sys / "class/tenstorrent/tenstorrent!3").symlink_to(entry)
+    chip = tt.find_chip(tree.sys, "tenstorrent!3")
+    assert (chip.pci, chip.index, chip.pci_path) == ("0000:42:00.0", 3, bridges)
+
+
+def test_id_of_a_chip() -> None:
+    """The architecture is part of the name in /dev/tenstorrent/by-id: without either half the PCI address is the ID."""
+    found = [sighting(arch=arch, asic_id=asic_id).chip.id for arch in ("wormhole", "") for asic_id in ("A" * 16, "")]
+    assert found == ["wormhole-AAAAAAAAAAAAAAAA", "0000:01:00.0", "0000:01:00.0", "0000:01:00.0"]
+
+
+@pytest.mark.parametrize(
+    "online, nodes",
+    [("0\n", (0,)), ("0-1,4\n", (0, 1, 4)), ("2-3\n", (2, 3)), ("", ()), ("none\n", ()), ("0-99999999\n", tuple(range(1024)))],
+)
+def test_numa_nodes_of_the_host(tree: Tree, online: str, nodes: tuple[int, ...]) -> None:
+    """The kernel's list format; nonsense is no node, and no endless list of them."""
+    tree.write(tree.sys / "devices/system/node/online", online)
+    assert tt.host_numa_nodes(tree.sys) == nodes
+
+
+def test_device_nodes(tmp_path: Path) -> None:
+    """A device node is what sysfs says only with that number, as a character device, through links too."""
+    (tmp_path / "link").symlink_to("/dev/null")
+    (tmp_path / "file").write_text("")
+    cases = [("/dev/null", "1:3"), ("link", "1:3"), ("/dev/null", "1:5"), ("/dev/null", ""), ("file", "0:0"), ("none", "")]
+    assert [tt.is_device_node(tmp_path / path, dev) for path, dev in cases] == [True, True, False, False, False, False]
+
+
+def test_listens(room: Path) -> None:
+    """Only a socket at which somebody accepts; a full queue or a dead owner is nobody, and neither makes the caller wait."""
+    path = room / "s"
+    with socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
+        assert not tt.listens(path)
+        server.bind(str(path))
+        assert not tt.listens(path), "bound only"
+        server.listen(0)
+        assert tt.listens(path)
+        with pytest.raises(BlockingIOError):
+            for _ in range(100):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                client.connect(str(path))
+        assert not tt.listens(path), "its queue is full"
+    assert path.is_socket() and not tt.listens(path), "nobody has it open any more"
+    (room / "file").write_text("")
+    assert not tt.listens(room / "file") and not tt.listens(room / "file" / "s")
+
+
+def test_lock_of_the_folder(room: Path) -> None:
+    """The lock is kept while its folder is, and goes with it: whoever is first has the new one."""
+    first, second = (tt.Stay(tt.Settings(kubelet_dir=room)) for _ in range(2))
+    folder = room / "device-plugins"
+    assert "not there yet" in first._try() and not first.held
+    folder.mkdir()
+    assert first._try() == "" and "standing by" in second._try() and (first.held, second.held) == (True, False)
+    mine = first._fd
+    assert first._try() == "" and first._fd == mine, "asked for again, it is not let go for a moment"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert second._try() == "" and "standing by" in first._try() and not first.held
+    second.release()
+    assert first._try() == "" and "standing by" in second._try()
+    first.release()
+
+
+def test_a_failed_kubelet_is_left_alone(room: Path) -> None:
+    """The kubelet that has failed is met again after the pause; another one, on the same path, at once."""
+
+    async def look(path: Path, server: socket.socket) -> None:
+        server.bind(str(path))
+        server.listen()
+        failed = tt.identity_of(path)
+        began = time.monotonic()
+        assert await tt.kubelet_at(path, failed, 0.3, tt.Trouble()) == failed
+        assert time.monotonic() - began >= 0.3
+        meeting = asyncio.create_task(tt.kubelet_at(path, failed, 60, tt.Trouble()))
+        await asyncio.sleep(0)  # it has begun to wait
+        assert not meeting.done()
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            other.listen()
+            began = time.monotonic()
+            assert await meeting != failed
+            quick(time.monotonic() - began, AGAIN_S, "another kubelet's socket to seen")
+
+    with socket.socket(socket.AF_UNIX) as server:
+        asyncio.run(look(room / "s", server))
 
 
 def test_function_without_a_driver(tree: Tree) -> None:
@@ -2486,7 +2585,8 @@ module_only = pytest.mark.parametrize("command", ["module"], indirect=True)  # f
 
 @both_generations
 def test_registers_at_start(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
-    """Story 8: half a second after the process was started, the first list has all four cards, Healthy."""
+    """Half a second after the process was started all four cards are offered, in the first list (story 8), at the kubelet
+    of the folder that was named (story 25)."""
     kubelet.start()
     plugin = launch(four, kubelet)
     offered = kubelet.wait_status(R150, 4, 4)
@@ -2503,12 +2603,15 @@ def test_registers_at_start(kubelet: Kubelet, four: Tree, launch: Launch) -> Non
 
 @module_only
 def test_says_nothing_without_a_change(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
-    """Hearts beat and temperatures move; the kubelet hears nothing, and nothing is registered twice (story 13)."""
+    """Hearts beat and temperatures move; the kubelet hears nothing, and nothing is registered twice (story 13).
+
+    Nor is anything watched that the kernel has few of (story 11)."""
     plugin.wait_for_line(f"registered {R150}")
     mark, lines = kubelet.log.mark(), plugin.log.mark()
     four.set(N150[0].bdf, "device/hwmon/hwmon2/temp1_input", "60000\n")
     kubelet.log.never(lambda event: True, 3.0, mark)
     assert plugin.log.mark() == lines, plugin.lines()[lines:]
+    assert not [link for fd in Path(f"/proc/{plugin.process.pid}/fd").iterdir() if "inotify" in (link := os.readlink(fd))]
 
 
 @both_generations
@@ -2729,6 +2832,24 @@ def test_two_models(kubelet: Kubelet, tree: Tree, beating: Beating, launch: Laun
 
 @both_generations
 @module_only
+def test_model_changes(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
+    """The last card of a model comes back as another model: the old resource ends, and its socket, and no other stream."""
+    mark = kubelet.log.mark()
+    p150 = Chip("0000:81:00.0", 7, "p150b", asic_id="0D0CB6F1E7A5B150", arch="blackhole")
+    four.add(p150)
+    kubelet.wait_status("tenstorrent.com/p150", 1, 1, timeout=REPLUG_S, after=mark)
+    four.remove(p150.bdf)
+    kubelet.wait_status("tenstorrent.com/p150", 1, 0, timeout=UNPLUG_S, after=mark)
+    four.add(replace(p150, card_type="p100a"))
+    kubelet.wait_status("tenstorrent.com/p100", 1, 1, timeout=REPLUG_S, after=mark)
+    kubelet.wait("stream_end", after=mark, resource="tenstorrent.com/p150")
+    four.remove(N150[0].bdf)
+    kubelet.wait_status(R150, 4, 3, timeout=UNPLUG_S, after=mark)
+    assert len(sockets(kubelet)) == 2
+    assert {event["resource"] for event in kubelet.seen("stream_end")} == {"tenstorrent.com/p150"}
+
+
+@module_only
 def test_bound_but_not_listening(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """kubelet.sock is there before it listens (story 3, contract 1): one refused connection must not be the last."""
     launch(four, kubelet)
@@ -2869,7 +2990,9 @@ def test_readme_pods(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
 @pytest.mark.parametrize("file", ["tt_heartbeat", "tt_card_type", "device/hwmon/hwmon2/temp1_input"])
 @module_only
 def test_read_that_hangs(kubelet: Kubelet, four: Tree, launch: Launch, file: str) -> None:
-    """A FIFO in the place of one card's file: that card alone is not Healthy, the others are watched on, SIGTERM works."""
+    """A FIFO in the place of one card's file: that card alone is not Healthy, the others are watched on, SIGTERM works.
+
+    No call for a Pod waits for it (story 14)."""
     victim, other = N150[0], N150[1]
     path = four.pci(victim.bdf) / file.removeprefix("device/") if "hwmon" in file else four.entry(victim.bdf) / file
     started = file == "tt_card_type"  # at the start, or later
@@ -2886,6 +3009,9 @@ def test_read_that_hangs(kubelet: Kubelet, four: Tree, launch: Launch, file: str
         plugin = launch(four, kubelet)
         kubelet.wait_status(R150, 3, 3, timeout=10)
     else:
+        began = time.monotonic()
+        assert kubelet.admit("pod", {R150: 1}, {R150: [other.id]}) and kubelet.start_container("pod")
+        quick(time.monotonic() - began, 0.05, "a Pod's three calls while a read hangs")
         kubelet.wait_status(R150, 4, 3, timeout=10)
         assert "does not return" in plugin.wait_for_line(f"{victim.id}.*unhealthy").text
     mark = kubelet.log.mark()
@@ -3667,6 +3793,11 @@ def test_kubelet_refuses_for_ever(kubelet: Kubelet, four: Tree, launch: Launch, 
     kubelet.kill()
     kubelet.start()
     quick(kubelet.wait_status(R150, 4, 4, after=mark) - kubelet.answering, AGAIN_S, "a better kubelet answers to registered")
+    lines, mark = plugin.log.mark(), kubelet.log.mark()
+    kubelet.faults(code, register_fails=1)
+    kubelet.drop_stream(R150)
+    plugin.wait_for_line(f"{R150}.*{code}", after=lines)  # a new trouble, though its words are those of the last one
+    kubelet.wait_status(R150, 4, 4, after=mark)
 
 
 @module_only
@@ -3725,7 +3856,7 @@ def call(channel: grpc.Channel, method: str, request: bytes, timeout: float = 10
 
 @module_only
 def test_hostile_calls(kubelet: Kubelet, plugin: Plugin) -> None:
-    """Whatever is sent, there is a status with a sentence, and honest callers hardly notice."""
+    """Whatever is sent, there is a status with a sentence, and honest callers hardly notice (story 14)."""
     target = f"unix:{kubelet.folder / sockets(kubelet)[0]}"
     service = "/v1beta1.DevicePlugin/"
     noise = random.Random(4711)
