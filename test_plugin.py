@@ -2067,9 +2067,11 @@ def test_garbage_in_sysfs(garbage: dict[str, bytes | None]) -> None:
 
 
 def bound(path: Path) -> None:
-    """A socket's file: it cannot be opened."""
+    """A socket's file, which cannot be opened. By way of its folder's descriptor, as a socket's path must be short."""
+    folder = os.open(path.parent, os.O_PATH)
     with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
+        one.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
 
 
 # Files that cannot be read, for root neither, each with its own error; ENODEV and ENODATA only drivers give: see 6b.
