@@ -4692,27 +4692,37 @@ class Stage:
         assert server.stdout and server.stdout.readline() == "serving\n"
         return server, f"unix:{path}"
 
+    def module(self) -> Way:
+        """`python3 -m` of the three files, with bytecode."""
+        folder = self.room / "module"
+        if not folder.exists():
+            lay_out(folder)
+        return Way([sys.executable, "-m", "tt_device_plugin"], folder)
+
     def ways(self) -> dict[str, Way]:
-        """The ways to start the plugin. `script` compiles itself at each start, the others have bytecode."""
-        module, image = self.room / "module", self.room / "image"
-        for folder in (module, image):
-            folder.mkdir(exist_ok=True)
-            for name in ("tt_device_plugin.py", "api_pb2.py", "api_pb2_grpc.py"):
-                shutil.copy(HERE / name, folder)
+        """All ways to start the plugin. `script` compiles itself at each start, the others have bytecode."""
+        image = self.room / "image"
         site = Path(grpc.__file__).parents[1]
-        for package in ("grpc", "google"):
-            shutil.copytree(site / package, image / package, dirs_exist_ok=True)  # with its bytecode, which fits by date
-        for folder in (module, image):
-            compileall.compile_dir(folder, quiet=2, maxlevels=0)
+        for package in ("grpc", "google"):  # with their bytecode, which fits by date
+            shutil.copytree(site / package, image / package)
+        lay_out(image)
         ways = {
             "script": Way([sys.executable, str(HERE / "tt_device_plugin.py")], HERE),
-            "module": Way([sys.executable, "-m", "tt_device_plugin"], module),
+            "module": self.module(),
             # Not the test environment's Python but the one behind it, so that the folder's packages are the only ones.
             "image": Way([os.path.realpath(sys.executable), "-m", "tt_device_plugin"], image),
         }
         if PYZ.exists():
             ways["pyz"] = Way([sys.executable, str(PYZ)], self.room)
         return ways
+
+
+def lay_out(folder: Path) -> None:
+    """The plugin's files, with bytecode."""
+    folder.mkdir(exist_ok=True)
+    for name in ("tt_device_plugin.py", "api_pb2.py", "api_pb2_grpc.py"):
+        shutil.copy(HERE / name, folder)
+    compileall.compile_dir(folder, quiet=2, maxlevels=0)
 
 
 class Way(NamedTuple):
@@ -4723,6 +4733,7 @@ class Way(NamedTuple):
 
 
 GALAXY = "galaxy-wormhole"
+SYSFS_FILE = Path("/sys/class/net/lo/mtu")  # one that every Linux has
 SERVICE = "/v1beta1.DevicePlugin/"
 
 
@@ -4826,15 +4837,15 @@ def open_files(pid: int) -> list[os.stat_result]:
 
 def bench_calls(stage: Stage) -> Iterator[Figure]:
     """Allocate and GetPreferredAllocation, by one client, in turn with the same call of the empty server."""
-    ways = stage.ways()
-    _, address = stage.empty(ways["module"])
+    way = stage.module()
+    _, address = stage.empty(way)
     for what, tree, resource, many in (
         ("of 4 cards", stage.tree(4), R150, 1),
         ("of a Galaxy", stage.galaxy(), f"tenstorrent.com/{GALAXY}", 8),
     ):
         stage.beat(tree)
         kubelet = stage.kubelet()
-        stage.plugin(ways["module"], tree, kubelet)
+        stage.plugin(way, tree, kubelet)
         count = len(tree.chips)
         kubelet.wait_status(resource, count, count, timeout=30)
         ids = kubelet.ids(resource)
@@ -4860,7 +4871,7 @@ def bench_again(stage: Stage) -> Iterator[Figure]:
 
     The bare baseline has nothing to notice and nothing to start: a plugin that serves already connects and calls Register.
     """
-    way, tree, kubelet = stage.ways()["module"], stage.tree(4), stage.kubelet()
+    way, tree, kubelet = stage.module(), stage.tree(4), stage.kubelet()
     stage.beat(tree)
     bare: list[float] = []
 
@@ -4923,27 +4934,24 @@ def bench_fault(stage: Stage) -> Iterator[Figure]:
     stage.beat(tree)
     bdf = next(iter(tree.chips))
     chip, name = tree.chips[bdf], tree.class_link(bdf).name
-    stage.plugin(stage.ways()["module"], tree, kubelet, f"--poll-seconds={poll_s}")
+    stage.plugin(stage.module(), tree, kubelet, f"--poll-seconds={poll_s}")
     kubelet.wait_status(R150, 4, 4, timeout=30)
-    done, missing = threading.Event(), Log[float]("the bare loop")
+    done, looks = threading.Event(), Log[tuple[bool, float]]("the bare loop")
 
     def look() -> None:
-        there = True
         while not done.wait(poll_s):
-            before, there = there, name in os.listdir(tree.sys / "class/tenstorrent")
-            if before and not there:
-                missing.append(time.monotonic())
+            looks.append((name in os.listdir(tree.sys / "class/tenstorrent"), time.monotonic()))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     seen, bare = list[float](), list[float]()
     for _ in stage.times(30, 2):
         time.sleep(random.uniform(0, poll_s))
-        mark, then = kubelet.log.mark(), missing.mark()
+        mark, then = kubelet.log.mark(), looks.mark()
         began = time.monotonic()
         tree.remove(bdf)
         seen.append((kubelet.wait_health(R150, chip.id, "Unhealthy", after=mark) - began) * 1e3)
-        bare.append((missing.wait_for(lambda _: True, 10, then) - began) * 1e3)
+        bare.append((looks.wait_for(lambda one: not one[0], 10, then)[1] - began) * 1e3)
         tree.add(chip)
         kubelet.wait_health(R150, chip.id, "Healthy", after=mark)
     done.set()
@@ -4952,7 +4960,21 @@ def bench_fault(stage: Stage) -> Iterator[Figure]:
 
 
 def bench_poll(stage: Stage) -> Iterator[Figure]:
-    """One poll, by chip: CPU time of its thread, and system calls. The baseline lists the class and reads one file a chip."""
+    """One poll, by chip: CPU time of its thread, and system calls. The baseline lists the class and reads one file a chip.
+
+    The trees are files on a disk; what a file of real sysfs costs beyond that is measured first, and to be added for each
+    of the files that a poll reads.
+    """
+
+    def read(path: Path) -> float:
+        began = time.thread_time()
+        for _ in range(50):
+            tt.read_attribute(path)
+        return (time.thread_time() - began) / 50 * 1e6
+
+    (stage.room / "attribute").write_bytes(SYSFS_FILE.read_bytes())
+    pairs = [(read(SYSFS_FILE), read(stage.room / "attribute")) for _ in stage.times(200, 2)]
+    yield Figure("one file of real sysfs", "us", [real for real, _ in pairs], [disk for _, disk in pairs], "file on a disk")
     for count in (4, 32, 256):
         tree = stage.tree(count)
         top = f"{tree.sys}/class/tenstorrent"
@@ -4999,7 +5021,7 @@ def system_calls(tree: Tree, room: Path) -> tuple[int, int] | None:
 
 def bench_idle(stage: Stage) -> Iterator[Figure]:
     """All at once, for a minute in which nothing changes but heartbeats: CPU in per cent of one core, and wake-ups."""
-    way = stage.ways()["module"]
+    way = stage.module()
     server, _ = stage.empty(way)
     pids = {0: server.pid}
     for count in (4, 32):
@@ -5021,7 +5043,7 @@ def bench_idle(stage: Stage) -> Iterator[Figure]:
 
 def bench_growth(stage: Stage) -> Iterator[Figure]:
     """What a thousand registrations, and a thousand clients of the empty server, leave behind; the first hundred warm up."""
-    way, tree, kubelet = stage.ways()["module"], stage.tree(4), stage.kubelet()
+    way, tree, kubelet = stage.module(), stage.tree(4), stage.kubelet()
     stage.beat(tree)
     server, address = stage.empty(way)
     plugin = stage.plugin(way, tree, kubelet)
