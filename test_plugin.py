@@ -2156,7 +2156,7 @@ def test_place_in_the_pci_tree(tree: Tree) -> None:
     entry.mkdir(parents=True)
     (entry / "device").symlink_to("../..")
     (tree.sys / "class/tenstorrent/tenstorrent!3").symlink_to(entry)
-    chip = tt.find_chip(tree.sys, "tenstorrent!3")
+    chip = tt.find_chip(tree.sys, 3)
     assert (chip.pci, chip.index, chip.pci_path) == ("0000:42:00.0", 3, bridges)
 
 
@@ -2181,7 +2181,7 @@ def test_device_nodes(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/null")
     (tmp_path / "file").write_text("")
     cases = [("/dev/null", "1:3"), ("link", "1:3"), ("/dev/null", "1:5"), ("/dev/null", ""), ("file", "0:0"), ("none", "")]
-    assert [tt.is_device_node(tmp_path / path, dev) for path, dev in cases] == [True, True, False, False, False, False]
+    assert [tt.is_device_node(str(tmp_path / path), dev) for path, dev in cases] == [True, True, False, False, False, False]
 
 
 def test_listens(room: Path) -> None:
@@ -2207,16 +2207,16 @@ def test_lock_of_the_folder(room: Path) -> None:
     """The lock is kept while its folder is, and goes with it: whoever is first has the new one."""
     first, second = (tt.Stay(tt.Settings(kubelet_dir=room)) for _ in range(2))
     folder = room / "device-plugins"
-    assert "not there yet" in first._try() and not first.held
+    assert "not there yet" in first.look() and not first.held
     folder.mkdir()
-    assert first._try() == "" and "standing by" in second._try() and (first.held, second.held) == (True, False)
+    assert first.look() == "" and "standing by" in second.look() and (first.held, second.held) == (True, False)
     mine = first._fd
-    assert first._try() == "" and first._fd == mine, "asked for again, it is not let go for a moment"
+    assert first.look() == "" and first._fd == mine, "asked for again, it is not let go for a moment"
     shutil.rmtree(folder)
     folder.mkdir()
-    assert second._try() == "" and "standing by" in first._try() and not first.held
+    assert second.look() == "" and "standing by" in first.look() and not first.held
     second.release()
-    assert first._try() == "" and "standing by" in second._try()
+    assert first.look() == "" and "standing by" in second.look()
     first.release()
 
 
