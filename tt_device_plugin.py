@@ -17,7 +17,7 @@ What this plugin promises beyond that:
 - A card's ID is its chip's own number, never its place in /dev; a card that was offered stays listed, Unhealthy with a
   reason, until it is back.
 - Unknown is not dead: missing files, old drivers and late telemetry decide nothing.
-- Nothing but sysfs files is ever opened, and a read that hangs costs its own card only.
+- No device node is ever opened, only the driver's files in sysfs and /proc, and a read that hangs costs its own card only.
 
 One idea carries all of it: a thread reads sysfs into an immutable snapshot, and everything else reads the newest snapshot.
 Decisions are pure functions of what was read, what is remembered, and `now`.
@@ -1443,7 +1443,7 @@ class Registrar:
                 if gone := [resource for resource in tasks if resource not in wanted]:
                     await end(tasks.pop(resource) for resource in gone)
                     for resource in gone:
-                        del self._refused[resource]
+                        self._refused.pop(resource, None)
                 else:
                     await self.bell.wait()
         finally:
@@ -1499,10 +1499,10 @@ class Registrar:
                     await asyncio.wait_for(plugin.opened.wait(), PACE_S)
             cards = self.inventory.snapshot.of(resource).values()
             healthy = sum(card.verdict.health == HEALTHY for card in cards)
-            text = "registered %s with the kubelet: %d cards, %d healthy; socket %s; cause: %s"
-            log.info(text, resource, len(cards), healthy, endpoint, cause, extra={"resource": resource, "reason": cause})
             self.ledger.counts["registrations", resource, cause] += 1
             self._registered.add(resource)
+            text = "registered %s with the kubelet: %d cards, %d healthy; socket %s; cause: %s"
+            log.info(text, resource, len(cards), healthy, endpoint, cause, extra={"resource": resource, "reason": cause})
             try:
                 await plugin.ended.wait()
             finally:
