@@ -2935,60 +2935,6 @@ def test_heart_stops_and_beats_again(kubelet: Kubelet, beating: Beating, plugin:
     quick(seen - resumed, REPLUG_S, "heart beats again to Healthy")
 
 
-def test_daemonset() -> None:
-    """What daemonset.yaml promises: uid 0 without any privilege, nothing of the host but two folders and the file."""
-    daemonset = yaml.safe_load((HERE / "daemonset.yaml").read_text())
-    spec = daemonset["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    assert container["command"] == ["python3", "/opt/tenstorrent/tt-device-plugin.pyz"]
-    assert container["image"] == "python:3.13-slim"
-    secure = container["securityContext"]
-    assert secure["runAsUser"] == 0 and secure["capabilities"] == {"drop": ["ALL"]}
-    assert secure["readOnlyRootFilesystem"] and secure["allowPrivilegeEscalation"] is False and "privileged" not in secure
-    assert spec["automountServiceAccountToken"] is False
-    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
-    hosts = {volume["hostPath"]["path"]: mounts[volume["name"]] for volume in spec["volumes"]}
-    assert {path for path, mount in hosts.items() if not mount.get("readOnly")} == {"/var/lib/kubelet/device-plugins"}
-    assert hosts.keys() == {"/var/lib/kubelet/device-plugins", "/dev", "/opt/tenstorrent"}
-    settings = tt.parse(container["args"], {})
-    assert str(settings.dev_root) == hosts["/dev"]["mountPath"]
-    assert f"{settings.kubelet_dir}/device-plugins" == hosts["/var/lib/kubelet/device-plugins"]["mountPath"]
-
-
-def readme_pods() -> list[dict[str, Any]]:
-    """The Pods in README.md."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```$", (HERE / "README.md").read_text(), re.M | re.S)
-    documents = [yaml.safe_load(textwrap.dedent(block)) for block in blocks if "kind: Pod" in block]
-    assert documents, "README has no Pods"
-    return documents
-
-
-def test_readme_pods(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
-    """README's Pods are admitted and started on a node that has such cards, with what README says they find."""
-    (tree.dev / "hugepages-1G").mkdir()
-    chips = [*(replace(chip, iommu=None) for chip in N150[:3]), *P300, *galaxy_chips("wormhole")]
-    for n, chip in enumerate(chips):
-        bdf = chip.bdf if n < 5 else "0001" + chip.bdf[4:]  # a Galaxy beside other cards: in another PCI domain
-        tree.add(replace(chip, n=n, bdf=bdf, heartbeat=False))
-    kubelet.start()
-    launch(tree, kubelet)
-    for resource, count in ((R150, 3), ("tenstorrent.com/p300", 1), ("tenstorrent.com/galaxy-wormhole", 32)):
-        kubelet.wait_status(resource, count, count)
-    got = {}
-    for pod in readme_pods():
-        (container,) = pod["spec"]["containers"]
-        want = {name: count for name, count in container["resources"]["limits"].items() if name.startswith("tenstorrent.com/")}
-        name = pod["metadata"]["name"]
-        kubelet.admit(name, want)
-        got[name] = kubelet.start_container(name)
-    assert {name: len(answer["devices"]) for name, answer in got.items()} == {
-        "one-n150": 1, "one-p300": 2, "two-n150-with-hugepages": 2, "one-galaxy-tray": 8,
-    }  # fmt: skip
-    assert [mount["container_path"] for mount in got["two-n150-with-hugepages"]["mounts"]] == ["/dev/hugepages-1G"]
-    tray = got["one-galaxy-tray"]["envs"]["PCIDEVICE_TENSTORRENT_COM_GALAXY_WORMHOLE"].split(",")
-    assert len({address[:6] for address in tray}) == 1, "eight chips of one tray"
-
-
 @pytest.mark.parametrize("file", ["tt_heartbeat", "tt_card_type", "device/hwmon/hwmon2/temp1_input"])
 @module_only
 def test_read_that_hangs(kubelet: Kubelet, four: Tree, launch: Launch, file: str) -> None:
@@ -4531,6 +4477,710 @@ def test_labels_file(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 ########################################################################################################################
 # 8. Tests of what README and daemonset.yaml say
 ########################################################################################################################
+
+import copy  # noqa: E402
+import zipfile  # noqa: E402
+
+import jsonschema  # noqa: E402
+import kubernetes_validate  # type: ignore[import-untyped]  # noqa: E402
+
+README = (HERE / "README.md").read_text()
+DAEMONSET = (HERE / "daemonset.yaml").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """README's code blocks of a language."""
+    return [textwrap.dedent(block) for block in re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of README, without the table's own heading."""
+    table = re.search(r"(^\|.*\|\n)+", README.split(f"\n## {heading}\n")[1].split("\n## ")[0], re.M)
+    assert table, heading
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[0].splitlines()[2:]]
+
+
+def code(cell: str) -> str:
+    """The code in a cell."""
+    found = re.search(r"`([^`]+)`", cell)
+    assert found, cell
+    return found[1]
+
+
+# daemonset.yaml ---------------------------------------------------------------------------------------------------------
+
+
+def daemonset() -> dict[str, Any]:
+    """The manifest."""
+    manifest: dict[str, Any] = yaml.safe_load(DAEMONSET)
+    return manifest
+
+
+def container_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Its only container."""
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    return dict(container)
+
+
+KUBERNETES = sorted(set(kubernetes_validate.utils.all_versions()), key=lambda version: [int(n) for n in version.split(".")])
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_daemonset_schema(version: str) -> None:
+    """No field is unknown or of the wrong type in any Kubernetes whose schema there is."""
+    assert kubernetes_validate.validate(daemonset(), version, strict=True) == version.rpartition(".")[0]
+
+
+def test_daemonset_schema_is_strict() -> None:
+    """A misspelt field would be found."""
+    manifest = daemonset()
+    manifest["spec"]["template"]["spec"]["containers"][0]["securityContext"]["readOnlyRootFileSystem"] = True
+    with pytest.raises(kubernetes_validate.ValidationError, match="readOnlyRootFileSystem"):
+        kubernetes_validate.validate(manifest, KUBERNETES[-1], strict=True)
+
+
+# What must be so: where, and the value. None: not there at all, which is the same as false.
+POD_RULES: list[tuple[str, Any]] = [
+    ("priorityClassName", "system-node-critical"),
+    ("automountServiceAccountToken", False),
+    ("enableServiceLinks", False),
+    ("tolerations", [{"operator": "Exists"}]),
+    ("nodeSelector", {"kubernetes.io/os": "linux"}),
+    ("hostNetwork", None),
+    ("hostPID", None),
+    ("hostIPC", None),
+    ("initContainers", None),
+    ("serviceAccountName", None),
+    ("securityContext", None),
+]
+CONTAINER_RULES: list[tuple[str, Any]] = [
+    ("imagePullPolicy", "IfNotPresent"),
+    ("command", None),
+    ("env", None),
+    ("securityContext.runAsUser", 0),
+    ("securityContext.privileged", False),
+    ("securityContext.allowPrivilegeEscalation", False),
+    ("securityContext.readOnlyRootFilesystem", True),
+    ("securityContext.capabilities", {"drop": ["ALL"]}),
+    ("securityContext.seccompProfile", {"type": "RuntimeDefault"}),
+    ("securityContext.seLinuxOptions", {"type": "container_device_plugin_t"}),
+    ("resources.requests", {"cpu": "10m", "memory": "48Mi"}),
+    ("resources.limits", {"memory": "96Mi"}),
+    ("livenessProbe.httpGet", {"path": "/healthz", "port": "metrics"}),
+    ("readinessProbe.httpGet", {"path": "/readyz", "port": "metrics"}),
+    ("lifecycle", None),
+]
+
+
+def at(value: Any, path: str) -> Any:
+    """What is at a path of keys, None if it is not there."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+@pytest.mark.parametrize(("path", "want"), POD_RULES, ids=[path for path, _ in POD_RULES])
+def test_daemonset_pod(path: str, want: Any) -> None:
+    """One rule for the Pod."""
+    assert at(daemonset()["spec"]["template"]["spec"], path) == want
+
+
+@pytest.mark.parametrize(("path", "want"), CONTAINER_RULES, ids=[path for path, _ in CONTAINER_RULES])
+def test_daemonset_container(path: str, want: Any) -> None:
+    """One rule for the container."""
+    assert at(container_of(daemonset()), path) == want
+
+
+def test_daemonset_update() -> None:
+    """The new Pod comes before the old one goes, and both are found by the same labels."""
+    spec = daemonset()["spec"]
+    assert spec["updateStrategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+
+
+def test_daemonset_image() -> None:
+    """It runs what `./build.sh image` makes of this version, and has no file from the host."""
+    assert container_of(daemonset())["image"] == f"tt-device-plugin:{tt.__version__}"
+
+
+def test_daemonset_host() -> None:
+    """Nothing of the host but two folders, and of these the kubelet's alone is writable; the flags name the same paths."""
+    spec = daemonset()["spec"]["template"]["spec"]
+    mounts = {mount["name"]: mount for mount in container_of(daemonset())["volumeMounts"]}
+    hosts = {volume["hostPath"]["path"]: mounts[volume["name"]] for volume in spec["volumes"]}
+    assert hosts.keys() == {"/var/lib/kubelet/device-plugins", "/dev"}
+    assert {path for path, mount in hosts.items() if not mount.get("readOnly")} == {"/var/lib/kubelet/device-plugins"}
+    settings = tt.parse(container_of(daemonset())["args"], {})
+    assert str(settings.dev_root) == hosts["/dev"]["mountPath"]
+    assert f"{settings.kubelet_dir}/device-plugins" == hosts["/var/lib/kubelet/device-plugins"]["mountPath"]
+
+
+def test_daemonset_port() -> None:
+    """What the plugin listens on is the port that is declared, probed and scraped."""
+    container = container_of(daemonset())
+    (port,) = container["ports"]
+    annotations = daemonset()["spec"]["template"]["metadata"]["annotations"]
+    assert tt.parse(container["args"], {}).listen == ("", port["containerPort"])
+    assert annotations["prometheus.io/port"] == str(port["containerPort"]) and port["name"] == "metrics"
+    assert (annotations["prometheus.io/scrape"], annotations["prometheus.io/path"]) == ("true", "/metrics")
+
+
+def patched(manifest: dict[str, Any], patch: list[dict[str, Any]]) -> dict[str, Any]:
+    """A JSON patch (RFC 6902), of which README uses `add` at the end of a list and `replace`."""
+    for step in patch:
+        *path, last = step["path"].strip("/").split("/")
+        target: Any = manifest
+        for key in path:
+            target = target[int(key) if isinstance(target, list) else key]
+        if step["op"] == "add" and last == "-":
+            target.append(step["value"])
+        else:
+            assert step["op"] == "replace" and target[int(last)], step
+            target[int(last)] = step["value"]
+    return manifest
+
+
+@module_only
+def test_readme_cards_made_up_on_a_cluster(kubelet: Kubelet, launch: Launch) -> None:
+    """README's patch for a cluster without cards: valid, with a folder for the made-up tree, and its cards are offered."""
+    (patch,) = [json.loads(found) for block in blocks("sh") for found in re.findall(r"--patch '(\[.*?\])'", block, re.S)]
+    manifest = patched(daemonset(), patch)
+    kubernetes_validate.validate(manifest, KUBERNETES[-1], strict=True)
+    container = container_of(manifest)
+    volumes = {volume["name"]: volume for volume in manifest["spec"]["template"]["spec"]["volumes"]}
+    assert [volumes[mount["name"]] for mount in container["volumeMounts"] if mount["mountPath"] == "/tmp"] == [
+        {"name": "tmp", "emptyDir": {}}
+    ]
+    settings = tt.parse(container["args"], {})
+    assert settings.listen == tt.parse(container_of(daemonset())["args"], {}).listen, "the probes still find it"
+    kubelet.start()
+    plugin = launch(None, kubelet, *(flag for flag in container["args"] if flag.startswith("--fake")))
+    kubelet.wait_status(R150, 2, 2)
+    kubelet.wait_status("tenstorrent.com/p300", 1, 1)
+    plugin.end()
+
+
+# README: what can be run -------------------------------------------------------------------------------------------------
+
+
+def readme_pods() -> list[dict[str, Any]]:
+    """The Pods in README.md."""
+    documents = [yaml.safe_load(block) for block in blocks("yaml") if "kind: Pod" in block]
+    assert documents, "README has no Pods"
+    return documents
+
+
+def test_readme_pods(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
+    """README's Pods are admitted and started on a node that has such cards, with what README says they find."""
+    (tree.dev / "hugepages-1G").mkdir()
+    chips = [*(replace(chip, iommu=None) for chip in N150[:3]), *P300, *galaxy_chips("wormhole")]
+    for n, chip in enumerate(chips):
+        bdf = chip.bdf if n < 5 else "0001" + chip.bdf[4:]  # a Galaxy beside other cards: in another PCI domain
+        tree.add(replace(chip, n=n, bdf=bdf, heartbeat=False))
+    kubelet.start()
+    launch(tree, kubelet)
+    for resource, count in ((R150, 3), ("tenstorrent.com/p300", 1), ("tenstorrent.com/galaxy-wormhole", 32)):
+        kubelet.wait_status(resource, count, count)
+    got = {}
+    for pod in readme_pods():
+        (container,) = pod["spec"]["containers"]
+        want = {name: count for name, count in container["resources"]["limits"].items() if name.startswith("tenstorrent.com/")}
+        name = pod["metadata"]["name"]
+        kubelet.admit(name, want)
+        got[name] = kubelet.start_container(name)
+    assert {name: len(answer["devices"]) for name, answer in got.items()} == {
+        "one-n150": 1, "one-p300": 2, "two-n150-with-hugepages": 2, "one-galaxy-tray": 8,
+    }  # fmt: skip
+    assert [mount["container_path"] for mount in got["two-n150-with-hugepages"]["mounts"]] == ["/dev/hugepages-1G"]
+    tray = got["one-galaxy-tray"]["envs"]["PCIDEVICE_TENSTORRENT_COM_GALAXY_WORMHOLE"].split(",")
+    assert len({address[:6] for address in tray}) == 1, "eight chips of one tray"
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_readme_pods_schema(version: str) -> None:
+    """README's Pods are valid."""
+    for pod in readme_pods():
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_readme_unit(tmp_path: Path) -> None:
+    """README's systemd unit, taken out by README's own command: systemd finds no fault, and the exposure README says."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze: it is in the package systemd")
+    (line,) = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sed -n")]
+    unit = tmp_path / "tt-device-plugin.service"
+    take = line.replace("/etc/systemd/system/tt-device-plugin.service", str(unit)).replace("README.md", str(HERE / "README.md"))
+    subprocess.run(["sh", "-ec", take], check=True)
+    (file,) = re.findall(r"^ExecStart=\S+ (\S+)$", unit.read_text(), re.M)
+    assert any(file in block for block in blocks("sh") if "install -D" in block), "the unit starts what was installed"
+    verify = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert verify.returncode == 0 and not verify.stderr, verify.stderr
+    check = ["systemd-analyze", "security", "--offline=true", str(unit)]
+    if "--offline" not in subprocess.run(["systemd-analyze", "--help"], capture_output=True, text=True).stdout:
+        pytest.skip("this systemd-analyze is older than 250: it judges loaded units only")
+    text = subprocess.run(check, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"}).stdout
+    found, said = re.search(r"exposure level for \S+: (\d+\.\d)", text), re.search(r"exposure level of (\d+\.\d)", README)
+    assert found and said, text
+    assert float(found[1]) <= float(said[1]) < 2, text
+
+
+def test_readme_apply() -> None:
+    """README's line puts the image's name into the manifest, and changes nothing else."""
+    (line,) = [line for block in blocks("sh") for line in block.splitlines() if line.endswith("| kubectl apply -f -")]
+    (name,) = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("IMAGE=")]
+    script = f"{name}\n{line.removesuffix('| kubectl apply -f -')}"
+    manifest = yaml.safe_load(subprocess.run(["sh", "-ec", script], capture_output=True, cwd=HERE, check=True).stdout)
+    image = manifest["spec"]["template"]["spec"]["containers"][0].pop("image")
+    assert f"IMAGE={image}" == name
+    wanted = daemonset()
+    del wanted["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert manifest == wanted
+
+
+def test_readme_install(tmp_path: Path) -> None:
+    """README's line puts the file where the unit starts it, executable for all and writable for its owner alone."""
+    (line,) = {line for block in blocks("sh") for line in block.splitlines() if line.startswith("install -D")}
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist/tt-device-plugin.pyz").write_bytes(b"#!")
+    subprocess.run(["sh", "-ec", line.replace(" /opt", f" {tmp_path}/opt")], check=True, cwd=tmp_path)
+    mode = (tmp_path / "opt/tenstorrent/tt-device-plugin.pyz").stat().st_mode
+    assert stat.S_IMODE(mode) == 0o755
+
+
+def readme_command() -> list[str]:
+    """The flags of the first command in README, which needs neither cards nor a cluster."""
+    (flags,) = re.findall(r"^\./build\.sh run (.*)$", blocks("sh")[0], re.M)
+    return list(flags.split())
+
+
+def test_readme_first_command(command: list[str]) -> None:
+    """README's first output is what the command prints, where it is not cut."""
+    done = run(command, *readme_command())
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for line in blocks("text")[0].splitlines():
+        pattern = re.escape(" ".join(line.split())).replace(r"\.\.\.", ".*")
+        pattern = re.sub(r"-[0-9a-f]{6}\\\.sock", r"-[0-9a-f]{6}\.sock", pattern)  # another process, another name
+        assert any(re.fullmatch(pattern, one) for one in printed), f"{line!r} is not in:\n{done.stdout}"
+
+
+# README: what it lists ---------------------------------------------------------------------------------------------------
+
+
+@module_only
+def test_readme_flags(command: list[str]) -> None:
+    """README has each flag that --help has, with its variable, and no other."""
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", run(command, "--help", COLUMNS="200").stdout))
+    listed: dict[str, str] = {}
+    for flags, variable, *_ in rows("Flags"):
+        for flag in re.findall(r"--[a-z][a-z-]+", flags):
+            listed[flag] = variable.strip("`")
+    assert listed.keys() == known
+    assert {flag: variable for flag, variable in listed.items() if variable != "none"} == {
+        flag: "TT_DEVICE_PLUGIN_" + flag[2:].upper().replace("-", "_") for flag in known - {"--help", "--version"}
+    }
+
+
+@module_only
+def test_readme_no_stale_flags(command: list[str]) -> None:
+    """Every flag that README or daemonset.yaml gives to the plugin is one."""
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", run(command, "--help", COLUMNS="200").stdout))
+    lines = re.findall(r"\.pyz --.*$|^\./build\.sh run .*$", README, re.M)
+    used = {flag for line in lines for flag in re.findall(r"--[a-z-]+", line)}
+    used |= {flag.partition("=")[0] for flag in container_of(daemonset())["args"]}
+    assert used and used <= known
+
+
+def test_readme_files() -> None:
+    """README lists each file of the repository, and no other."""
+    if not (HERE / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no git here, so it is not known which files belong to the repository")
+    known = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=True).stdout.split()
+    listed = [name for cell, *_ in rows("Files") for name in re.findall(r"`([^`]+)`", cell)]
+    assert sorted(listed) == sorted(set(known) - {".gitignore", "README.md"})
+
+
+def test_readme_links() -> None:
+    """Each link within README leads to a heading."""
+    headings = {re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", README, re.M)}
+    links = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert links and links <= headings
+
+
+def test_readme_version() -> None:
+    """README names this version where it names one."""
+    assert set(re.findall(r"tt-device-plugin:(\d+\.\d+\.\d+)", README)) == {tt.__version__}
+
+
+# README: troubleshooting. Each row's symptom is made here, and must read as README says ("..." stands for anything) --------
+
+
+@dataclass
+class Scene:
+    """What a symptom is made with."""
+
+    tree: Tree
+    kubelet: Kubelet
+    launch: Launch
+    command: list[str]
+    room: Path
+
+    def log(self, pattern: str, *flags: str, **popen: Any) -> str:
+        """The plugin's line that matches, once it is there."""
+        return self.launch(self.tree, self.kubelet, *flags, **popen).wait_for_line(pattern).text
+
+    def list(self) -> str:
+        """What --list prints, in one line."""
+        return " ".join(run(self.command, *self.tree.flags, "--list").stdout.split())
+
+    def serve(self, *chips: Chip) -> Plugin:
+        """A node with these chips, all of them registered."""
+        for chip in chips:
+            self.tree.add(replace(chip, heartbeat=False))
+        self.kubelet.start()
+        plugin = self.launch(self.tree, self.kubelet, "--poll-seconds", "0.1")
+        self.kubelet.wait_status(R150, len(chips), len(chips))
+        return plugin
+
+
+def no_kubelet(scene: Scene) -> str:
+    """A card, the folder, and no kubelet in it."""
+    scene.tree.add(N150[0])
+    scene.kubelet.folder.mkdir(parents=True)
+    return scene.log("kubelet.sock")
+
+
+def no_driver(scene: Scene) -> str:
+    """A node without tt-kmd."""
+    shutil.rmtree(scene.tree.sys / "class")
+    shutil.rmtree(scene.tree.sys / "module")
+    return scene.log("no cards")
+
+
+def other_driver(scene: Scene) -> str:
+    """A PCI function bound to vfio-pci."""
+    scene.tree.add(N150[0])
+    scene.tree.class_link(N150[0].bdf).unlink()
+    shutil.rmtree(scene.tree.pci(N150[0].bdf) / "tenstorrent")
+    scene.tree.node(N150[0].bdf).unlink()
+    (scene.tree.sys / "bus/pci/drivers/vfio-pci").mkdir(parents=True)
+    (scene.tree.pci(N150[0].bdf) / "driver").symlink_to(scene.tree.sys / "bus/pci/drivers/vfio-pci")
+    return scene.list()
+
+
+def no_telemetry(scene: Scene) -> str:
+    """A chip whose firmware has not answered yet."""
+    scene.tree.add(replace(N150[0], card_type=None, asic_id=None, serial=None, firmware=None, heartbeat=False, hwmon=False))
+    return scene.list()
+
+
+def half_a_p300(scene: Scene) -> str:
+    """One of its two chips."""
+    scene.tree.add(P300[0])
+    return scene.list()
+
+
+def unknown_model(scene: Scene) -> str:
+    """A board newer than the driver."""
+    scene.tree.add(replace(N150[0], card_type="unknown"))
+    return scene.list()
+
+
+def wrong_dev(scene: Scene) -> str:
+    """sysfs has a chip, and /dev does not."""
+    scene.tree.add(N150[0])
+    scene.tree.node(N150[0].bdf).unlink()
+    return scene.list()
+
+
+def card_gone(scene: Scene) -> str:
+    """A card vanishes."""
+    plugin = scene.serve(N150[0])
+    scene.tree.remove(N150[0].bdf)
+    return plugin.wait_for_line("unhealthy").text
+
+
+def admitted_too_late(scene: Scene) -> str:
+    """A Pod was scheduled to a card that has failed."""
+    scene.serve(N150[0])
+    mark = scene.kubelet.log.mark()
+    scene.tree.remove(N150[0].bdf)
+    scene.kubelet.wait_status(R150, 1, 0, after=mark)
+    with pytest.raises(Refusal) as caught:
+        scene.kubelet.allocate(R150, [N150[0].id])
+    return caught.value.message
+
+
+def number_moved(scene: Scene) -> str:
+    """A card comes back with another N while a Pod holds it; there are no by-id links."""
+    scene.serve(N150[0])
+    scene.kubelet.admit("pod", {R150: 1})
+    mark = scene.kubelet.log.mark()
+    scene.tree.remove(N150[0].bdf)
+    scene.kubelet.wait_status(R150, 1, 0, after=mark)
+    scene.tree.add(replace(N150[0], n=1, heartbeat=False))
+    scene.kubelet.wait_status(R150, 1, 1, after=mark)
+    with pytest.raises(Refusal) as caught:
+        scene.kubelet.start_container("pod")
+    return caught.value.message
+
+
+def not_root(scene: Scene) -> str:
+    """Started as another user."""
+    scene.kubelet.folder.mkdir(parents=True)
+    popen: dict[str, Any] = {}
+    if os.getuid() == 0:
+        popen = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        try:
+            subprocess.run([sys.executable, "-c", f"open({scene.command[-1]!r})"], check=True, **popen)
+        except (PermissionError, subprocess.CalledProcessError):
+            pytest.skip(f"uid {NOBODY} may not read {sys.executable} or {scene.command[-1]}")
+    else:
+        scene.kubelet.folder.chmod(0)
+    return scene.log("cannot make sockets", **popen)
+
+
+def second_instance(scene: Scene) -> str:
+    """Two of them."""
+    scene.serve(N150[0])
+    return scene.log("standing by")
+
+
+def kubelet_refuses(scene: Scene) -> str:
+    """A kubelet that answers with an error."""
+    scene.tree.add(N150[0])
+    scene.kubelet.start(faults={"register_fails": 1000})
+    return scene.log("has not registered")
+
+
+def other_python(scene: Scene) -> str:
+    """A file with the native modules of no Python."""
+    if not PYZ.exists():
+        pytest.skip("dist/tt-device-plugin.pyz is not built: ./build.sh makes it")
+    other = scene.room / "other.pyz"
+    with zipfile.ZipFile(PYZ) as packed, zipfile.ZipFile(other, "w") as made:
+        made.writestr("__main__.py", packed.read("__main__.py"))
+    done = subprocess.run([sys.executable, str(other)], capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def port_taken(scene: Scene) -> str:
+    """Another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = scene.log("no HTTP", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+        return line.replace(str(taken.getsockname()[1]), "7762")
+
+
+SCENES: dict[str, Callable[[Scene], str]] = {
+    "no kubelet listens at ...kubelet.sock: waiting for it to start": no_kubelet,
+    "no cards here, driver not loaded: waiting for some to appear": no_driver,
+    "it has no device node: its PCI driver is vfio-pci, not tenstorrent": other_driver,
+    "its telemetry is not there yet": no_telemetry,
+    "one chip of a p300 by itself": half_a_p300,
+    "tenstorrent.com/wormhole": unknown_model,
+    "its device node /dev/tenstorrent/0 is missing or another device": wrong_dev,
+    "is Unhealthy: ...": card_gone,
+    "not healthy since ...": admitted_too_late,
+    "it was /dev/tenstorrent/0 when this Pod was admitted": number_moved,
+    "cannot make sockets in ...": not_root,
+    "another instance serves ...: standing by until it ends": second_instance,
+    "the kubelet has not registered it: ...": kubelet_refuses,
+    "is not for this Python": other_python,
+    "no HTTP on port 7762 of ...: Address already in use": port_taken,
+}
+
+
+def test_troubleshooting_is_all_made() -> None:
+    """Each row of the table has its scene, and each scene its row."""
+    assert sorted(code(symptom) for symptom, *_ in rows("Troubleshooting")) == sorted(SCENES)
+
+
+@pytest.mark.parametrize("symptom", SCENES)
+@module_only
+def test_troubleshooting(tree: Tree, kubelet: Kubelet, launch: Launch, command: list[str], room: Path, symptom: str) -> None:
+    """The symptom reads as README says."""
+    text = SCENES[symptom](Scene(tree, kubelet, launch, command, room))
+    assert re.search(".+".join(map(re.escape, symptom.split("..."))), text), text
+
+
+# CDI, as the runtimes read it ---------------------------------------------------------------------------------------------
+
+# From the CDI specification and what its Go library refuses (tags.cncf.io/container-device-interface, SPEC.md, pkg/parser,
+# pkg/cdi). One mistake voids the whole file, and podman 4.3 then says no more than "unresolvable CDI devices".
+CDI_EDITS: dict[str, Any] = {
+    "type": "object",
+    "minProperties": 1,  # a device that changes nothing is refused
+    "additionalProperties": False,
+    "properties": {
+        "env": {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": "^[^=]+="}},
+        "deviceNodes": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["path"],
+                "additionalProperties": False,
+                "properties": {
+                    "path": {"type": "string", "pattern": "^/dev/."},
+                    "hostPath": {"type": "string", "pattern": "^/dev/."},
+                    "permissions": {"type": "string", "pattern": "^[rwm]{1,3}$"},
+                },  # type, major, minor are left out: the runtime looks, when the container starts, and a major is not for ever
+            },
+        },
+        "mounts": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["hostPath", "containerPath"],
+                "additionalProperties": False,
+                "properties": {
+                    "hostPath": {"type": "string", "pattern": "^/."},
+                    "containerPath": {"type": "string", "pattern": "^/."},
+                    "options": {"type": "array", "items": {"type": "string"}},
+                },
+            },
+        },
+    },
+}
+CDI_NAME = "^[A-Za-z0-9]([A-Za-z0-9_.:-]*[A-Za-z0-9])?$"
+CDI_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["cdiVersion", "kind", "devices"],
+    "additionalProperties": False,
+    "properties": {
+        "cdiVersion": {"enum": ["0.3.0", "0.4.0", "0.5.0"]},  # what podman 4.3 takes
+        "kind": {"type": "string", "pattern": r"^[A-Za-z][A-Za-z0-9_.-]*[A-Za-z0-9]/[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]$"},
+        "containerEdits": CDI_EDITS,
+        "devices": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["name", "containerEdits"],
+                "additionalProperties": False,
+                "properties": {"name": {"type": "string", "pattern": CDI_NAME}, "containerEdits": CDI_EDITS},
+            },
+        },
+    },
+}
+
+
+def check_cdi_spec(path: Path) -> dict[str, Any]:
+    """The specification in a file, which every runtime since podman 4.3 takes; AssertionError or ValidationError if not."""
+    spec: dict[str, Any] = json.loads(path.read_text())
+    jsonschema.validate(spec, CDI_SCHEMA)
+    assert path.name == spec["kind"].replace("/", "-") + ".json" and stat.S_IMODE(path.stat().st_mode) == 0o644, path
+    names = [device["name"] for device in spec["devices"]]
+    assert len(names) == len(set(names)), f"a name twice: {names}"
+    edits = [device["containerEdits"] for device in spec["devices"]]
+    nodes = [node for edit in edits for node in edit.get("deviceNodes", [])]
+    newer = any("hostPath" in node for node in nodes) or any(name[0].isdigit() for name in names)
+    assert not newer or spec["cdiVersion"] == "0.5.0", "hostPath, and names that begin with a digit, came with 0.5.0"
+    for edit in edits:
+        inside = [node["path"] for node in edit.get("deviceNodes", [])]
+        assert len(inside) == len(set(inside)), f"one path for two device nodes: {inside}"
+    for node in nodes:  # a link is refused when a container starts
+        host = Path(node.get("hostPath", node["path"]))
+        assert "by-id" not in host.parts and not host.is_symlink(), f"{host} is a link"
+    return spec
+
+
+GOOD_SPEC: dict[str, Any] = {
+    "cdiVersion": "0.5.0",
+    "kind": "tenstorrent.com/card",
+    "devices": [
+        {
+            "name": name,
+            "containerEdits": {"deviceNodes": [{"path": "/dev/tenstorrent/0", "hostPath": "/dev/null", "permissions": "rw"}]},
+        }
+        for name in ("wormhole-FA4E001800000000", "0", "0000:01:00.0", "all")
+    ],
+}
+
+# Each was refused by podman 4.3.1, or would be by a later one.
+BAD_SPECS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a version that podman 4.3 does not know": lambda spec: spec.update(cdiVersion="0.6.0"),
+    "hostPath in a version without it": lambda spec: spec.update(cdiVersion="0.4.0"),
+    "no devices": lambda spec: spec.update(devices=[]),
+    "an unknown field": lambda spec: spec.update(comment="made by hand"),
+    "annotations, which need 0.6.0": lambda spec: spec.update(annotations={"a": "b"}),
+    "a dot in the class, which needs 0.6.0": lambda spec: spec.update(kind="tenstorrent.com/card.n150"),
+    "a kind without a vendor": lambda spec: spec.update(kind="card"),
+    "a device that changes nothing": lambda spec: spec["devices"][0].update(containerEdits={}),
+    "a device without edits": lambda spec: spec["devices"][0].pop("containerEdits"),
+    "a name twice": lambda spec: spec["devices"].append(spec["devices"][0]),
+    "a slash in a name": lambda spec: spec["devices"][0].update(name="n150/0"),
+    "a name that ends with a dash": lambda spec: spec["devices"][0].update(name="n150-"),
+    "permissions that are none": lambda spec: spec["devices"][0]["containerEdits"]["deviceNodes"][0].update(permissions="x"),
+    "a link as device node": lambda spec: spec["devices"][0]["containerEdits"]["deviceNodes"][0].update(hostPath="/dev/stdin"),
+    "a device node twice": lambda spec: spec["devices"][0]["containerEdits"]["deviceNodes"].append(
+        {"path": "/dev/tenstorrent/0", "hostPath": "/dev/zero"}
+    ),
+}
+
+
+def write_spec(folder: Path, spec: dict[str, Any]) -> Path:
+    """The file, as a runtime looks for it."""
+    path = folder / "tenstorrent.com-card.json"
+    path.write_text(json.dumps(spec))
+    path.chmod(0o644)
+    return path
+
+
+def test_check_of_cdi_specs(tmp_path: Path) -> None:
+    """The check itself: what podman took."""
+    assert check_cdi_spec(write_spec(tmp_path, GOOD_SPEC)) == GOOD_SPEC
+
+
+@pytest.mark.parametrize("mistake", BAD_SPECS)
+def test_check_of_bad_cdi_specs(tmp_path: Path, mistake: str) -> None:
+    """The check itself: one mistake at a time."""
+    spec = copy.deepcopy(GOOD_SPEC)
+    BAD_SPECS[mistake](spec)
+    with pytest.raises((AssertionError, jsonschema.ValidationError)):
+        check_cdi_spec(write_spec(tmp_path, spec))
+
+
+# In a mount namespace of its own, with an empty /run, so that no spec and no container of this machine is in the way. As
+# hardly any container lets one raise limits, the limits stay what they are. runc, as crun refuses some hosts' cgroups.
+PODMAN = r"""
+mount -t tmpfs none /run
+mkdir /run/cdi
+cp "$1" /run/cdi
+shift
+exec podman --root "$STATE/root" --runroot "$STATE/run" --tmpdir "$STATE/tmp" --cgroup-manager cgroupfs --runtime runc \
+    run --rm --network none --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 "$@"
+"""
+
+
+@module_only
+def test_podman_takes_the_cdi_spec(kubelet: Kubelet, launch: Launch, room: Path) -> None:
+    """README's --device tenstorrent.com/card=...: a container of podman gets the device nodes of that card, and no other."""
+    missing = [tool for tool in ("podman", "runc", "busybox", "unshare") if not shutil.which(tool)]
+    if missing or os.getuid() != 0:
+        pytest.skip(f"needs root, and podman, runc, busybox (static) and unshare; missing: {missing or 'root'}")
+    (room / "cdi").mkdir()
+    (room / "state").mkdir()
+    (room / "root/bin").mkdir(parents=True)
+    for name in ("dev", "proc", "sys", "run", "etc"):
+        (room / "root" / name).mkdir()
+    shutil.copy(str(shutil.which("busybox")), room / "root/bin/busybox")
+    kubelet.start()
+    plugin = launch(None, kubelet, "--fake", "n150=2,p300=1", "--cdi-dir", str(room / "cdi"))
+    kubelet.wait_status("tenstorrent.com/p300", 1, 1)
+    path = room / "cdi/tenstorrent.com-card.json"
+    check_cdi_spec(path)
+    (p300,) = kubelet.ids("tenstorrent.com/p300")
+    ls, environment = ["/bin/busybox", "ls", "/dev/tenstorrent"], {**os.environ, "STATE": str(room / "state")}
+    for name, nodes in {"all": "0 1 2 3", "1": "1", p300: "2 3"}.items():
+        arguments = [str(path), "--device", f"tenstorrent.com/card={name}", "--rootfs", str(room / "root"), *ls]
+        command = ["unshare", "--mount", "sh", "-ec", PODMAN, "sh", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == nodes.split(), done.stdout
+    plugin.end()
 
 
 ########################################################################################################################
