@@ -5624,7 +5624,7 @@ def bench_poll(stage: Stage) -> Iterator[Figure]:
     (stage.room / "attribute").write_bytes(SYSFS_FILE.read_bytes())
     pairs = [(read(SYSFS_FILE), read(stage.room / "attribute")) for _ in stage.times(200, 2)]
     yield Figure("one file of real sysfs", "us", [real for real, _ in pairs], [disk for _, disk in pairs], "file on a disk")
-    for count in (4, 32, 256):
+    for count in (4,) if stage.quick else (4, 32, 256):
         tree = stage.tree(count)
         top = f"{tree.sys}/class/tenstorrent"
         inventory = tt.Inventory(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev))
@@ -5750,13 +5750,13 @@ def measure(names: Sequence[str], quick: bool) -> dict[str, list[Figure]]:
 
 def as_table(results: dict[str, list[Figure]]) -> str:
     """For people: at most 120 columns."""
-    rows = [["", "n", "p50", "p99", "unit", "baseline", "p50", "ratio", "wanted at most"]]
+    rows = [["", "n", "p50", "p99", "unit", "baseline", "p50", "ratio", "at most (! = more)"]]
     for name, figures in results.items():
         rows.append([name, *[""] * 8])
         for figure in figures:
             numbers, missed = figure.numbers(), figure.missed()
             shown = {key: f"{numbers[key]:.4g}" if key in numbers else "-" for key in ("p50", "p99", "base", "ratio")}
-            wanted = [f"{what} {most:g}{' MISSED' if what in missed else ''}" for what, most in figure.most.items()]
+            wanted = [f"{what} {most:g}{'!' if what in missed else ''}" for what, most in figure.most.items()]
             row = [f"  {figure.name}", str(len(figure.samples)), shown["p50"], shown["p99"], figure.unit]
             rows.append([*row, figure.against, shown["base"], shown["ratio"], ", ".join(wanted)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -5825,7 +5825,7 @@ def test_missed_targets() -> None:
     figure = Figure("any", "ms", [2.0, 4.0], [1.0], "bare", {"p50": 2.0, "p99": 3.9, "ratio": 1.9})
     assert figure.missed() == ["p99", "ratio"]
     assert figure._replace(bare=[], most={"ratio": 0.1}).missed() == []
-    assert "p99 3.9 MISSED" in as_table({"one": [figure]})
+    assert "p50 2, p99 3.9!, ratio 1.9!" in as_table({"one": [figure]})
 
 
 def test_bench_usage() -> None:
