@@ -3988,24 +3988,39 @@ def test_metrics_escape() -> None:
     assert tt.family("x", "gauge", "A test.", []) == ""
 
 
-PROMTOOL = shutil.which("promtool", path=f"{os.environ.get('PATH', '')}:{HERE / 'build/promtool/usr/bin'}")
-
-
-@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool (Debian: package prometheus)")
-def test_metrics_suit_promtool(tree: Tree) -> None:
-    """`promtool check metrics` has nothing to say about any name, type or unit."""
+@pytest.fixture
+def every_metric(tree: Tree) -> str:
+    """A page with a sample of each metric."""
     for chip in (*N150, *(replace(chip, n=chip.n + 4) for chip in P300)):
         tree.add(chip)
     tree.set(P300[0].bdf, "tt_therm_trip_count", "2\n")
     tree.set(P300[0].bdf, "device/hwmon/hwmon6/fan1_input", "1200\n")
     tree.write(tree.root / "proc/driver/tenstorrent/0/pids", "17\n")
     with polled(tree, 100.0) as (inventory, registrar):
+        registrar._refused[R150] = tt.Trouble()
         for key in (("registrations", R150, "start"), ("allocations", R150), ("refusals", R150, "Allocate", "NOT_FOUND")):
             registrar.ledger.counts[key] += 1
         text = tt.metrics(inventory, registrar, 101.0) + tt.process_metrics()
-    for metric in [*(sensor.metric for sensor in tt.SENSORS.values()), "tt_device_plugin_refusals_total", "process_open_fds"]:
-        assert f"\n{metric}" in text, f"{metric} is not checked"
-    done = subprocess.run([str(PROMTOOL), "check", "metrics"], input=text, capture_output=True, text=True, timeout=30)
+    for metric in (*(sensor.metric for sensor in tt.SENSORS.values()), "tt_device_plugin_refusals_total", "process_open_fds"):
+        assert f"\n{metric}" in text, metric
+    return text
+
+
+def test_metrics_are_in_readme(every_metric: str) -> None:
+    """README's table has each metric, and no other."""
+    readme = (HERE / "README.md").read_text()
+    table = set(re.findall(r"`(tt_[a-z_]+)`", "\n".join(line for line in readme.splitlines() if line.startswith("| `tt_"))))
+    names = {name for name in re.findall(r"^# TYPE (\w+)", every_metric, re.M) if not name.startswith("process_")}
+    assert table - {"tt_thermal_trip_count"} == names
+
+
+PROMTOOL = shutil.which("promtool", path=f"{os.environ.get('PATH', '')}:{HERE / 'build/promtool/usr/bin'}")
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool (Debian: package prometheus)")
+def test_metrics_suit_promtool(every_metric: str) -> None:
+    """`promtool check metrics` has nothing to say about any name, type or unit."""
+    done = subprocess.run([str(PROMTOOL), "check", "metrics"], input=every_metric, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
