@@ -5503,9 +5503,9 @@ def bench_calls(stage: Stage) -> Iterator[Figure]:
     """Allocate and GetPreferredAllocation, by one client, in turn with the same call of the empty server."""
     way = stage.module()
     _, address = stage.empty(way)
-    for what, tree, resource, many in (
-        ("of 4 cards", stage.tree(4), R150, 1),
-        ("of a Galaxy", stage.galaxy(), f"tenstorrent.com/{GALAXY}", 8),
+    for tree, resource, many in (
+        (stage.tree(4), R150, 1),
+        (stage.galaxy(), f"tenstorrent.com/{GALAXY}", 8),
     ):
         stage.beat(tree)
         kubelet = stage.kubelet()
@@ -5527,7 +5527,7 @@ def bench_calls(stage: Stage) -> Iterator[Figure]:
                         calls[side](request.SerializeToString(), timeout=10)
                         times[side].append((time.perf_counter() - began) * 1e3)
                 most = {"ratio": 1.3} if (method, many) == ("Allocate", 1) else {}
-                yield Figure(f"{method}, {many} {what}", "ms", *times, "empty handler", most)
+                yield Figure(f"{method}, {many} of {count}", "ms", *times, "empty handler", most)
 
 
 def bench_again(stage: Stage) -> Iterator[Figure]:
