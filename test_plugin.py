@@ -1037,10 +1037,15 @@ class Tree:
         return self.dev / "tenstorrent" / str(self.chips[bdf].n)
 
     def write(self, path: Path, text: str | bytes) -> None:
-        """A file that is never seen half written."""
+        """A file that is never seen half written. In sysfs a new value changes no folder's times, so it must not do so here."""
+        data = text.encode() if isinstance(text, str) else text
+        if path.is_file() and path.stat().st_size == len(data):
+            with path.open("r+b", buffering=0) as file:
+                file.write(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.drafts / f"{threading.get_ident()}"
-        draft.write_bytes(text.encode() if isinstance(text, str) else text)
+        draft.write_bytes(data)
         draft.replace(path)
 
     def add(self, chip: Chip) -> None:
@@ -3019,6 +3024,24 @@ def test_heartbeat_fails(kubelet: Kubelet, four: Tree, beating: Beating, plugin:
 
 
 @module_only
+def test_new_firmware_after_a_reset(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """The class device stays as it is in a reset in place, and the chip may have been flashed: it is identified anew."""
+    kubelet.start()
+    plugin = launch(four, kubelet, "--listen=127.0.0.1:0")
+    kubelet.wait_status(R150, 4, 4)
+    mark = kubelet.log.mark()
+    with failing(plugin, four.entry(N150[0].bdf) / "tt_heartbeat", "ENODATA"):
+        kubelet.wait_health(R150, N150[0].id, "Unhealthy", after=mark)
+        four.set(N150[0].bdf, "tt_fw_bundle_ver", "80.18.0.0\n")
+    kubelet.wait_health(R150, N150[0].id, "Healthy", after=mark, timeout=10)
+    metrics = page(plugin, "/metrics")[1]
+    assert [line.split('firmware="')[1].split('"')[0] for line in metrics.splitlines() if "chip_info{" in line] == [
+        "80.18.0.0",
+        *["80.17.0.0"] * 3,
+    ]
+
+
+@module_only
 def test_device_node_missing(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
     """sysfs has the card and /dev does not: Unhealthy until the node is there."""
     mark = kubelet.log.mark()
@@ -3614,7 +3637,7 @@ def test_folder_made_anew(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: 
     for _ in range(3):
         mark = kubelet.log.mark()
         kubelet.kill()
-        shutil.rmtree(kubelet.folder)
+        shutil.rmtree(kubelet.folder.rename(kubelet.folder.with_name("deleted")))  # by and by, as the plugin also removes files
         kubelet.start()
         kubelet.wait_status(R150, 4, 4, after=mark)
         kubelet.log.never(lambda event: True, 0.5, kubelet.log.mark())

@@ -803,7 +803,10 @@ class Inventory:
                 with self._watched((index, chip.stamp)):
                     if not chip.dev or not chip.identified:  # new, or its telemetry was not there
                         seen[index] = chip = identify(sysfs, chip)
-                    sightings.append(Sighting(chip, sense(self.settings, chip, self.snapshot.driver, sensors)))
+                    signs = sense(self.settings, chip, self.snapshot.driver, sensors)
+                sightings.append(Sighting(chip, signs))
+                if signs.fault == "resetting":  # it may come back with other firmware: identify it anew
+                    seen[index] = replace(chip, dev="")
             except (OSError, ValueError) as error:  # vanished between listing and reading, or no chip at all
                 if isinstance(error, OSError) and error.errno in SHORTAGES:
                     raise
