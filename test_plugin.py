@@ -2587,6 +2587,7 @@ RESTARTS = 20
 OPTIONS = {"pre_start_required": True, "get_preferred_allocation_available": True}
 STANDING_BY = r"stand(s|ing)? by"
 
+long_only = pytest.mark.skipif(not LONG, reason="waits for long: ./build.sh test --long")
 module_only = pytest.mark.parametrize("command", ["module"], indirect=True)  # for what packing cannot change
 
 
@@ -2623,7 +2624,7 @@ def test_says_nothing_without_a_change(kubelet: Kubelet, four: Tree, plugin: Plu
 
 @both_generations
 @pytest.mark.parametrize("how", ["stop", "kill"])
-def test_kubelet_restarts(kubelet: Kubelet, plugin: Plugin, how: str) -> None:
+def test_kubelet_restarts(kubelet: Kubelet, four: Tree, plugin: Plugin, how: str) -> None:
     """After each of many restarts the cards are offered again at once, by exactly one Register per life."""
     for number in range(RESTARTS // 2):  # this many of each kind
         if number % 2:  # a gap of milliseconds, or one of the time that a Python process needs
@@ -2635,6 +2636,8 @@ def test_kubelet_restarts(kubelet: Kubelet, plugin: Plugin, how: str) -> None:
         quick(offered - kubelet.answering, AGAIN_S, f"kubelet {kubelet.generation} answers again to registered")
         assert len(kubelet.seen("register", after=mark)) == 1
         assert sockets(kubelet) == [event["endpoint"] for event in kubelet.seen("register", after=mark)]
+    four.remove(N150[0].bdf)  # and no dead stream takes a change away from the live one (story 12)
+    kubelet.wait_health(R150, N150[0].id, "Unhealthy", after=mark)
     assert plugin.process.poll() is None
 
 
@@ -2877,12 +2880,16 @@ def test_late_dial_back(room: Path, four: Tree, launch: Launch) -> None:
 
 @pytest.mark.parametrize(
     ("faults", "limit"),
-    [({"register_fails": 4}, 2.5), ({"no_stream": 1}, 6.0), ({"drop_streams": 5}, 1.0)],
-    ids=["register_fails", "no_stream", "drop_streams"],
+    [
+        pytest.param({"register_fails": 4}, 2.5, id="register_fails"),
+        pytest.param({"register_hangs": 1}, 13.0, id="register_hangs", marks=long_only),
+        pytest.param({"no_stream": 1}, 6.0, id="no_stream"),
+        pytest.param({"drop_streams": 5}, 1.0, id="drop_streams"),
+    ],
 )
 @module_only
 def test_registration_goes_round(kubelet: Kubelet, four: Tree, launch: Launch, faults: dict[str, int], limit: float) -> None:
-    """A Register that fails, that no stream follows, or whose stream ends at once: tried again until it holds."""
+    """A Register that fails or hangs, that no stream follows, or whose stream ends at once: tried again until it holds."""
     kubelet.start(faults=faults)
     launch(four, kubelet)
     first = kubelet.wait("register")["t"]
@@ -2892,6 +2899,35 @@ def test_registration_goes_round(kubelet: Kubelet, four: Tree, launch: Launch, f
     kubelet.wait("devices", endpoint=last["endpoint"])
     quick(last["t"] - first, limit, f"{' '.join(faults)}: first to last Register")
     assert sockets(kubelet) == [last["endpoint"]]
+
+
+@module_only
+def test_hanging_kubelet_ends(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """A Register that hangs ends with its kubelet, and the next kubelet is met at once."""
+    kubelet.start(faults={"register_hangs": 1})
+    launch(four, kubelet)
+    kubelet.wait("register")
+    kubelet.kill()
+    kubelet.start()
+    quick(kubelet.wait_status(R150, 4, 4) - kubelet.answering, AGAIN_S, "the next kubelet answers to registered")
+
+
+@module_only
+def test_streams_share_nothing(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
+    """Each of several streams is told each change, whatever becomes of the others (story 12), and the kubelet's is none of
+    theirs."""
+    mark = kubelet.log.mark()
+    with grpc.insecure_channel(f"unix:{kubelet.folder / sockets(kubelet)[0]}") as channel:
+        streams = [raw(channel, "/v1beta1.DevicePlugin/ListAndWatch")(b"", timeout=20) for _ in range(6)]
+        assert len({next(stream) for stream in streams}) == 1
+        for stream in streams[::2]:
+            stream.cancel()
+        chip = four.remove(N150[0].bdf)
+        kubelet.wait_health(R150, chip.id, "Unhealthy", after=mark)
+        (news,) = {next(stream) for stream in streams[1::2]}
+        devices = MESSAGES["ListAndWatchResponse"].FromString(news).devices
+        assert [device.ID for device in devices if device.health != "Healthy"] == [chip.id]
+    kubelet.log.never(fits("stream_end", {}), 0.3, mark)
 
 
 ########################################################################################################################
