@@ -1571,11 +1571,11 @@ def test_judge(polls: list[tuple[float, tt.Sighting]], kinds: list[str]) -> None
     assert judge_all(*polls) == kinds
 
 
-def told(*readings: tuple[int | None, int | None]) -> list[str]:
-    """The events over polls with these temperatures (C) and thermal trips, at a limit of 75 C."""
+def told(*readings: tuple[int | None, int | None], limit: int | None = 75_000) -> list[str]:
+    """The events over polls with these temperatures (C) and thermal trips, at this limit (mC)."""
     pulse, words = None, []
     for now, (heat, trips) in enumerate(readings):
-        read = {"temperature": heat and heat * 1000, "limit": 75_000, "trips": trips}
+        read = {"temperature": heat and heat * 1000, "limit": limit, "trips": trips}
         signs = tt.Signs(now, "", True, {name: value for name, value in read.items() if value is not None})
         after, found = tt.judge(pulse, tt.Sighting(sighting().chip, signs), now)
         assert found.kind == "ok", "no reading of a sensor is a verdict"
@@ -1586,13 +1586,14 @@ def told(*readings: tuple[int | None, int | None]) -> list[str]:
 
 def test_events() -> None:
     """Throttling once, not again while it swings about the limit; junk once; a thermal trip only if it is a new one."""
-    assert told((54, 2), (75, 2), (54, 2)) == []
+    assert told((54, 2), (75, 2), (54, 2)) == [] == told((54, None), (54, 3))
     hot = told((54, None), (76, None), (74, None), (77, None), (71, None))
     assert [line.split(":")[0] for line in hot] == ["is above its temperature limit and throttles", "throttles no longer"]
     junk = told((54, None), (65535, None), (54, None), (65535, None))  # below 0 C, read as unsigned (facts, section 2)
     assert len(junk) == 1 and "ignored" in junk[0]
     assert told((54, 2), (54, 5), (54, 5)) == ["was shut down by critical temperature, 3 times since the last look"]
-    assert told((None, None), (None, 0xFFFFFFFF), (54, None)) == junk
+    assert told((None, None), (None, 0xFFFFFFFF), (54, None)) == junk == told((54, 2), (54, 0xFFFFFFFF), (54, 2))
+    assert told((76, 0), (200, 0), limit=None) == junk, "nobody has said what is too hot"
 
 
 def test_thermal_trip_over_an_absence() -> None:
@@ -1757,6 +1758,7 @@ def test_models() -> None:
     assert models(False, card_type="p300c") == ["p300"] and models(False, card_type="n150") == ["n150"]
     assert models(False, card_type="unknown") == ["wormhole"]
     assert models(False, card_type="unknown", galaxy="galaxy-wormhole") == ["galaxy-wormhole"]
+    assert models(False, card_type="unknown", asic_id="", serial="0100018611902010") == ["wormhole"]
     assert models(False, card_type="unknown", asic_id="", fault="bus-dead", beat=0xFFFFFFFF) == [None]
     assert models(False, card_type="", asic_id="", galaxy="galaxy-wormhole") == [None]
 
@@ -1871,6 +1873,7 @@ EXPERT: list[Any] = [
         ["- 0000:01:00.0 0 pending: telemetry"],
     ),
     ("dead bus", [replace(N150[0], **ALL_ONES)], "2.10.0", ["- 0000:01:00.0 0 Unhealthy: all ones"]),
+    ("empty fuses", [replace(N150[0], asic_id="0" * 16)], "2.10.0", ["n150 0000:01:00.0 0 Healthy"]),
     ("driver 1.28: no asic id, no heartbeat", [N150_OLD_DRIVER], "1.28", ["n150 0000:01:00.0 0 Healthy"]),
     ("driver 2.3: asic id", [replace(N150[0], heartbeat=False)], "2.3.0", ["n150 wormhole-0D0CB6F1E7A50001 0 Healthy"]),
     ("driver 2.6", [replace(N150[0], heartbeat=False, by_id=True)], "2.6.0", ["n150 wormhole-0D0CB6F1E7A50001 0 Healthy"]),
