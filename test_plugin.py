@@ -1485,7 +1485,7 @@ def report_worst_times(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 ########################################################################################################################
-# 4. Unit tests: discovery, verdicts, choice
+# 4. Unit tests: discovery, verdicts, choice, the edges of registration
 ########################################################################################################################
 
 
@@ -2125,11 +2125,11 @@ def test_chip_that_goes_while_it_is_read(tree: Tree, file: str) -> None:
     os.mkfifo(gate)
     tree.set(N150[0].bdf, file, None)
     (tree.entry(N150[0].bdf) / file).hardlink_to(gate)
-    poll = threading.Thread(target=inventory.poll, args=(1.0,))
-    poll.start()
-    with gate.open("w"):  # opens when the reader is there
-        tree.remove(N150[0].bdf)
-    poll.join()
+    with ThreadPoolExecutor(1) as thread:
+        poll = thread.submit(inventory.poll, 1.0)
+        with gate.open("w"):  # opens when the reader is there
+            tree.remove(N150[0].bdf)
+        poll.result()
     inventory.poll(2.0)
     gone = [(N150[0].id, "n150", "Unhealthy", "gone")] if file == "tt_heartbeat" else []
     assert shown(inventory.snapshot) == [*gone, (N150[1].id, "n150", "Healthy", "ok")]
@@ -2192,6 +2192,19 @@ def test_device_nodes(tmp_path: Path) -> None:
     assert [tt.is_device_node(str(tmp_path / path), dev) for path, dev in cases] == [True, True, False, False, False, False]
 
 
+def test_function_without_a_driver(tree: Tree) -> None:
+    """A PCI function that another driver has is listed with the reason, and not offered."""
+    tree.add(N150[0])
+    tree.add_pci(N150[1])
+    vfio = tree.sys / "bus/pci/drivers/vfio-pci"
+    vfio.mkdir(parents=True)
+    (tree.pci(N150[1].bdf) / "driver").symlink_to(vfio)
+    inventory = tt.Inventory(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev))
+    inventory.poll(0.0)
+    assert shown(inventory.snapshot)[1:] == [(N150[1].bdf, None, "pending", "no-driver")]
+    assert "vfio-pci" in inventory.snapshot.cards[1].verdict.reason
+
+
 def test_listens(room: Path) -> None:
     """Only a socket at which somebody accepts; a full queue or a dead owner is nobody, and neither makes the caller wait."""
     path = room / "s"
@@ -2251,19 +2264,6 @@ def test_a_failed_kubelet_is_left_alone(room: Path) -> None:
 
     with socket.socket(socket.AF_UNIX) as server:
         asyncio.run(look(room / "s", server))
-
-
-def test_function_without_a_driver(tree: Tree) -> None:
-    """A PCI function that another driver has is listed with the reason, and not offered."""
-    tree.add(N150[0])
-    tree.add_pci(N150[1])
-    vfio = tree.sys / "bus/pci/drivers/vfio-pci"
-    vfio.mkdir(parents=True)
-    (tree.pci(N150[1].bdf) / "driver").symlink_to(vfio)
-    inventory = tt.Inventory(tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev))
-    inventory.poll(0.0)
-    assert shown(inventory.snapshot)[1:] == [(N150[1].bdf, None, "pending", "no-driver")]
-    assert "vfio-pci" in inventory.snapshot.cards[1].verdict.reason
 
 
 ########################################################################################################################
@@ -2917,8 +2917,7 @@ def test_hanging_kubelet_ends(kubelet: Kubelet, four: Tree, launch: Launch) -> N
 
 @module_only
 def test_streams_share_nothing(kubelet: Kubelet, four: Tree, plugin: Plugin) -> None:
-    """Each of several streams is told each change, whatever becomes of the others (story 12), and the kubelet's is none of
-    theirs."""
+    """Each of several streams is told each change, whatever becomes of the others (story 12); the kubelet's alone counts."""
     mark = kubelet.log.mark()
     with grpc.insecure_channel(f"unix:{kubelet.folder / sockets(kubelet)[0]}") as channel:
         streams = [raw(channel, "/v1beta1.DevicePlugin/ListAndWatch")(b"", timeout=20) for _ in range(6)]
