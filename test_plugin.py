@@ -1594,6 +1594,7 @@ def test_events() -> None:
     assert told((54, 2), (54, 5), (54, 5)) == ["was shut down by critical temperature, 3 times since the last look"]
     assert told((None, None), (None, 0xFFFFFFFF), (54, None)) == junk == told((54, 2), (54, 0xFFFFFFFF), (54, 2))
     assert told((76, 0), (200, 0), limit=None) == junk, "nobody has said what is too hot"
+    assert told((None, 0), (76, 0), limit=0) == [], "nor is that a limit"
 
 
 def test_thermal_trip_over_an_absence() -> None:
@@ -1629,6 +1630,17 @@ def test_junk_sensors(tree: Tree) -> None:
     pulse, found = tt.judge(None, tt.Sighting(chip, signs), 0.0)
     assert signs.readings and signs.readings["temperature"] == 65535999
     assert pulse.junk == 2 and not {"temperature", "voltage"} & set(pulse.readings) and found.kind == "ok"
+
+
+def test_trouble_before_its_device_node(tree: Tree) -> None:
+    """A chip whose bus is dead, and whose device node is gone with it: the reason is the bus, whatever /dev shows."""
+    tree.add(N150[0])
+    settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)
+    chip = tt.identify(tree.sys, tt.find_chip(tree.sys, 0))
+    tree.node(N150[0].bdf).unlink()
+    assert tt.sense(settings, chip, "2.10.0").fault == "no-node"
+    tree.set(N150[0].bdf, "tt_heartbeat", "4294967295\n")
+    assert tt.sense(settings, chip, "2.10.0").fault == "bus-dead"
 
 
 def assess_all(
