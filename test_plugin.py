@@ -3695,6 +3695,20 @@ def test_folder_made_anew(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: 
     assert plugin.process.poll() is None and heir.process.poll() is None
 
 
+@module_only
+def test_folder_made_anew_under_a_waiting_holder(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Launch) -> None:
+    """The holder waits for a kubelet in a folder that goes: who has the new folder's lock, and nobody else, registers."""
+    launch(four, kubelet).wait_for_line(STANDING_BY)
+    kubelet.kill()
+    plugin.wait_for_line("nobody listens")
+    shutil.rmtree(kubelet.folder)
+    mark = kubelet.log.mark()
+    kubelet.start()
+    kubelet.wait_status(R150, 4, 4, after=mark)
+    kubelet.log.never(fits("register", {}), 0.5, kubelet.log.mark())
+    assert len(kubelet.seen("register", after=mark)) == 1
+
+
 @pytest.mark.parametrize(
     "order", ["the old one ends", "the old one drops its stream", "the new one is late", "the new one ends"]
 )

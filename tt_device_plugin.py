@@ -1288,11 +1288,9 @@ class Stay:
         """One try: "" if the lock is held, else what it waits for."""
         self.second = ""
         try:
-            if self._fd >= 0 and not os.path.samestat(os.fstat(self._fd), os.stat(self.folder)):
-                self.release()  # the folder has been deleted and made anew: our lock is on the deleted one
-            if self._fd < 0:
+            if not self.holds():
+                self.release()
                 self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if not self.held:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove_stale_sockets(self.folder)
                 self.held = True
@@ -1305,6 +1303,12 @@ class Stay:
             return self.second
         except OSError as error:
             return f"cannot lock {self.folder}: {error.strerror}"
+
+    def holds(self) -> bool:
+        """Whether the lock is held on the folder that is there now: one that was deleted and made anew is another one."""
+        with contextlib.suppress(OSError):
+            return self.held and os.path.samestat(os.fstat(self._fd), os.stat(self.folder))
+        return False
 
     def release(self) -> None:
         """Lets the next instance in."""
@@ -1461,8 +1465,10 @@ class Registrar:
         while True:
             try:
                 await self.stay.hold()
-                failed = kubelet = await kubelet_at(path, failed, min(PATIENCE_S, PACE_S * 2**failures), self._absent)
-                began = time.monotonic()
+                kubelet = await kubelet_at(path, failed, min(PATIENCE_S, PACE_S * 2**failures), self._absent)
+                if not self.stay.holds():  # the folder was made anew meanwhile, and another instance may have its lock
+                    continue
+                failed, began = kubelet, time.monotonic()
                 await self.once(path, kubelet, resource, cause)
                 failed, failures, cause = None, 0, "stream-ended"
                 refused.is_now("")
