@@ -694,7 +694,7 @@ import termios  # noqa: E402
 import textwrap  # noqa: E402
 import threading  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from resource import RLIMIT_NOFILE, RUSAGE_CHILDREN, getrusage, prlimit  # noqa: E402
+from resource import RLIMIT_NOFILE, RUSAGE_CHILDREN, getrlimit, getrusage, prlimit, setrlimit  # noqa: E402
 from types import MappingProxyType  # noqa: E402
 from typing import Generic, NamedTuple, TypeVar  # noqa: E402
 
@@ -1632,6 +1632,20 @@ def test_junk_sensors(tree: Tree) -> None:
     assert pulse.junk == 2 and not {"temperature", "voltage"} & set(pulse.readings) and found.kind == "ok"
 
 
+def test_no_descriptors_for_an_attribute(tree: Tree) -> None:
+    """A lack of descriptors says nothing about a chip: it comes out, where each other error is a file that is not there."""
+    tree.add(N150[0])
+    path = tree.entry(N150[0].bdf) / "tt_card_type"
+    limits = getrlimit(RLIMIT_NOFILE)
+    try:
+        setrlimit(RLIMIT_NOFILE, (0, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            tt.attribute(path)
+    finally:
+        setrlimit(RLIMIT_NOFILE, limits)
+    assert tt.attribute(path) == "n150"
+
+
 def test_trouble_before_its_device_node(tree: Tree) -> None:
     """A chip whose bus is dead, and whose device node is gone with it: the reason is the bus, whatever /dev shows."""
     tree.add(N150[0])
@@ -2250,7 +2264,11 @@ def test_lock_of_the_folder(room: Path) -> None:
     assert second.look() == "" and "standing by" in first.look() and not first.held
     second.release()
     assert first.look() == "" and "standing by" in second.look()
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+    assert "cannot lock" in first.look() and not first.held
     first.release()
+    second.release()
 
 
 def test_a_failed_kubelet_is_left_alone(room: Path) -> None:
@@ -2917,6 +2935,16 @@ def test_registration_goes_round(kubelet: Kubelet, four: Tree, launch: Launch, f
 
 
 @module_only
+def test_streams_dropped_for_ever(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """A kubelet that ends each stream at once is met soon, but not in a busy loop: 30 ms apart, a second has 33 tries."""
+    kubelet.start(faults={"drop_streams": 100_000})
+    launch(four, kubelet)
+    kubelet.wait("stream_end")
+    mark = kubelet.log.mark()
+    kubelet.log.never(lambda _: len(kubelet.seen("register", after=mark)) > 50, 1.0, mark)
+
+
+@module_only
 def test_hanging_kubelet_ends(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """A Register that hangs ends with its kubelet, and the next kubelet is met at once."""
     kubelet.start(faults={"register_hangs": 1})
@@ -2982,8 +3010,9 @@ def test_heart_stops_and_beats_again(kubelet: Kubelet, beating: Beating, plugin:
     assert seen - stopped > 9.0, "the firmware's own watchdog has 10 s"
     kubelet.wait_status(R150, 4, 3, after=mark)
     assert len(plugin.lines(chip.id)) >= 1, plugin.lines()
-    with refused("FAILED_PRECONDITION", "heart"):
-        kubelet.allocate(R150, [chip.id])
+    for call in (kubelet.allocate, kubelet.pre_start):
+        with refused("FAILED_PRECONDITION", "heart"):
+            call(R150, [chip.id])
     mark = kubelet.log.mark()
     resumed = beating.resume(chip.bdf)
     seen = kubelet.wait_health(R150, chip.id, "Healthy", after=mark)
@@ -3262,6 +3291,7 @@ def test_pod(kubelet: Kubelet, four: Tree, launch: Launch, plugin: Plugin) -> No
     """A Pod's life: admitted once, started often, over restarts of kubelet and plugin, with the first answer all the time."""
     first = kubelet.admit("pod", {R150: 2})
     assert kubelet.start_container("pod")["envs"] == first["envs"]
+    plugin.wait_for_line(f"allocated .*{first['ids'][R150][0]}")
     mark = kubelet.log.mark()
     plugin.end(signal.SIGKILL)
     kubelet.wait_status(R150, 4, 0, after=mark)
@@ -3309,6 +3339,8 @@ def test_renumbered_before_allocate(kubelet: Kubelet, tree: Tree, beating: Beati
     kubelet.wait_status(R150, 2, 2)
     first, second = N150[0], N150[1]
     tree.renumber({first.bdf: 1, second.bdf: 0}, {first.bdf: NODES[1], second.bdf: NODES[0]})
+    with refused("FAILED_PRECONDITION", first.id):
+        kubelet.pre_start(R150, [first.id])
     try:
         (device,) = kubelet.allocate(R150, [first.id])["devices"]
     except Refusal as error:
@@ -3807,9 +3839,12 @@ def test_stale_sockets(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Lau
         with socket.socket(socket.AF_UNIX) as other:
             other.bind(str(kubelet.folder / name))
     (kubelet.folder / "tenstorrent-n150-abcdef.sock").write_text("no socket")
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4, after=mark)
-    assert stale not in sockets(kubelet) and len(sockets(kubelet)) == 3
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(kubelet.folder / "tenstorrent-n150-012345.sock"))
+        alive.listen()
+        launch(four, kubelet)
+        kubelet.wait_status(R150, 4, 4, after=mark)
+    assert stale not in sockets(kubelet) and len(sockets(kubelet)) == 4
     assert (kubelet.folder / "tenstorrent-n150-abcdef.sock").read_text() == "no socket"
 
 
