@@ -1475,13 +1475,15 @@ WORST: dict[str, float] = {}  # the worst time of each bound in this run, for th
 
 @pytest.fixture(scope="session", autouse=True)
 def report_worst_times(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Print the worst times when all is done (with -s, or in the terminal's summary)."""
+    """Print the worst times when all is done, past pytest's capture."""
     yield
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter and WORST:
-        reporter.write_line("")
-        for what, seconds in sorted(WORST.items()):
-            reporter.write_line(f"worst: {what}: {seconds * 1000:.1f} ms")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    if reporter and capture and WORST:
+        with capture.global_and_fixture_disabled():
+            reporter.write_line("")
+            for what, seconds in sorted(WORST.items()):
+                reporter.write_line(f"worst: {what}: {seconds * 1000:.1f} ms")
 
 
 ########################################################################################################################
