@@ -2029,6 +2029,8 @@ def test_preferred_refuses_the_impossible() -> None:
     assert tt.prefer(cards, ["lost", "gone", "c1", "01"], [], 2) == ["01", "c1"], "also where it spans NUMA nodes"
     assert tt.prefer(cards, ["lost", "gone", "c1"], ["lost"], 2) == ["c1", "lost"]
     assert tt.prefer(cards, ["lost", "gone"], ["lost"], 1) == ["lost"]
+    cards["01"] = replace(cards["01"], verdict=tt.Verdict(tt.UNHEALTHY))
+    assert [tt.prefer(cards, ["01", "c1"], [], size) for size in (1, 2)] == [["c1"], ["c1", "01"]], "nor one that is not fit"
 
 
 def test_preferred_is_fast() -> None:
