@@ -505,7 +505,8 @@ run_tests() {
     keep_caches_in_build
     cd "$TOP"
     if [[ ${1:-} == --long ]]; then export TT_TEST_LONG=1; shift; fi
-    exec "$BUILD/venv/bin/python" -m pytest -o cache_dir="$BUILD/cache/pytest" test_plugin.py "$@"
+    exec "$BUILD/venv/bin/python" -m pytest -o cache_dir="$BUILD/cache/pytest" \
+        -o tmp_path_retention_policy=failed test_plugin.py "$@"
 }
 
 bench() {

@@ -4614,6 +4614,425 @@ def test_labels_file(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 # 7. Tests of the file: build, interpreters, image
 ########################################################################################################################
 
+import functools  # noqa: E402
+import hashlib  # noqa: E402
+import http.server  # noqa: E402
+import platform  # noqa: E402
+import shlex  # noqa: E402
+import urllib.parse  # noqa: E402
+import zipfile  # noqa: E402
+
+from cyclonedx.schema import SchemaVersion  # noqa: E402
+from cyclonedx.validation.json import JsonStrictValidator  # noqa: E402
+
+UNIVERSAL = HERE / "dist/tt-device-plugin-universal.pyz"
+PARTS = ["build.sh", "requirements.txt", "tt_device_plugin.py", "api_pb2.py", "api_pb2_grpc.py"]  # what the file is made from
+PYTHONS = [10, 11, 12, 13, 14, 15]  # the minor versions that the universal file is for
+CPU = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())  # as Debian calls it
+USER = 65532  # "nonroot" of many images
+
+Finished = subprocess.CompletedProcess[str]
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts and a change of root need root")
+long_only = pytest.mark.skipif(not LONG, reason="takes long: ./build.sh test --long")
+
+
+def build(folder: Path, *arguments: str, env: dict[str, str] | None = None, umask: int = 0o022) -> Finished:
+    """`./build.sh ARGUMENTS` of that folder, with this interpreter unless env has a PYTHON."""
+    command = [str(folder / "build.sh"), *arguments]
+    variables = {**os.environ, "PYTHON": sys.executable, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=variables, umask=umask, timeout=600)
+
+
+def copy_project(folder: Path) -> Path:
+    """All that the file is made from, in a folder that has built nothing yet."""
+    folder.mkdir()
+    for name in PARTS:
+        shutil.copy(HERE / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def universal() -> Path:
+    """The file for every interpreter, built if anything has changed."""
+    done = build(HERE, "--universal")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return UNIVERSAL
+
+
+@functools.cache
+def interpreters() -> dict[int, str]:
+    """The CPythons 3.N of this machine, by N: pyenv's, and those on PATH."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates = sorted(str(path) for path in pyenv.glob("versions/3.*/bin/python3"))
+    candidates += [path for minor in range(4, 20) if (path := shutil.which(f"python3.{minor}"))]
+    found: dict[int, str] = {}
+    for path in candidates:
+        question = "import sys; print(sys.implementation.name, *sys.version_info[:2])"
+        done = subprocess.run([path, "-c", question], capture_output=True, text=True)
+        name, major, minor = done.stdout.split() if done.returncode == 0 else ("", "", "")  # pyenv's shims may refuse
+        if (name, major) == ("cpython", "3"):
+            found.setdefault(int(minor), path)
+    return found
+
+
+def interpreter(minor: int) -> str:
+    """A CPython 3.N of this machine."""
+    if minor not in interpreters():
+        pytest.skip(f"there is no CPython 3.{minor} here, neither pyenv's nor python3.{minor} on PATH")
+    return interpreters()[minor]
+
+
+def check_serving(kubelet: Kubelet, command: list[str], timeout: float = 30.0) -> None:
+    """The kubelet, which runs already, gets all of `four` registered, listed and allocated, and the plugin ends when told."""
+    with contextlib.closing(Plugin(command, cwd="/")) as plugin:
+        kubelet.wait_status(R150, 4, 4, timeout=timeout)
+        answer = kubelet.allocate(R150, [N150[2].id])
+        assert [device["host_path"] for device in answer["devices"]] == ["/dev/tenstorrent/2"]
+        kubelet.pre_start(R150, [N150[2].id])
+        assert plugin.end()[0] == 0, plugin.lines()
+
+
+# What goes in -----------------------------------------------------------------------------------------------------------
+
+
+def test_same_input_same_bytes(universal: Path, tmp_path: Path) -> None:
+    """Two folders, umasks, locales and time zones make the same file; for the universal one with another interpreter."""
+    one, two = copy_project(tmp_path / "one"), copy_project(tmp_path / "and another")
+    done = build(one, umask=0o077, env={"LC_ALL": "C", "TZ": "Pacific/Auckland"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert build(two, umask=0o000, env={"LC_ALL": "C.UTF-8", "TZ": "America/Lima"}).returncode == 0
+    first = (one / "dist" / PYZ.name).read_bytes()
+    assert first == (two / "dist" / PYZ.name).read_bytes()
+    assert hashlib.sha256(first).hexdigest() in done.stdout and f" {len(first)} bytes" in done.stdout
+
+    # What pip fetched has been checked against hashes, and 12 times 20 MB take a while.
+    shutil.copytree(HERE / "build/site/universal", two / "build/site/universal", copy_function=os.link)
+    others = [path for minor, path in interpreters().items() if minor >= 10 and minor != sys.version_info.minor]
+    python = others[0] if others else sys.executable
+    done = build(two, "build", "--universal", umask=0o002, env={"LC_ALL": "POSIX", "TZ": "Asia/Kolkata", "PYTHON": python})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (two / "dist" / UNIVERSAL.name).read_bytes() == universal.read_bytes()
+
+
+@contextlib.contextmanager
+def proxy(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """An HTTP proxy that answers for every host from this folder: its address, and what it was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.path = urllib.parse.urlsplit(self.path).path
+            super().do_GET()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_builds_behind_a_proxy_from_a_mirror(tmp_path: Path) -> None:
+    """pip's own settings hold: an index that only the proxy reaches, and nothing else is reached."""
+    project = copy_project(tmp_path / "project")
+    text = (HERE / "requirements.txt").read_text()
+    (tmp_path / "wanted").write_text(text[: text.index("# ---- test")])
+    download = ["pip", "download", "-qq", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    subprocess.run([sys.executable, "-m", *download, "-r", tmp_path / "wanted", "-d", tmp_path], check=True)
+    for wheel in tmp_path.glob("*.whl"):
+        folder = tmp_path / "mirror/simple" / wheel.name.split("-")[0].replace("_", "-")
+        folder.mkdir(parents=True)
+        wheel.rename(folder / wheel.name)
+    with proxy(tmp_path / "mirror") as (address, asked):
+        settings = {"INDEX_URL": "http://mirror.invalid/simple", "TRUSTED_HOST": "mirror.invalid", "PROXY": address}
+        settings |= {"CONFIG_FILE": os.devnull, "NO_CACHE_DIR": "1", "FIND_LINKS": "", "EXTRA_INDEX_URL": ""}
+        done = build(project, env={f"PIP_{name}": value for name, value in settings.items()})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project / "dist" / PYZ.name).read_bytes() == PYZ.read_bytes()
+    assert {path.rsplit("/", 1)[1].split("-")[0] for path in asked if path.endswith(".whl")} == {
+        "grpcio", "protobuf", "typing_extensions"
+    }  # fmt: skip
+
+
+def test_other_bytes_are_refused(tmp_path: Path) -> None:
+    """A package whose files have other hashes than requirements.txt says, as from a tampered mirror, is not packed."""
+    project = copy_project(tmp_path / "project")
+    before, protobuf, after = re.split(r"(\nprotobuf==(?:.*\\\n)+)", (project / "requirements.txt").read_text())
+    protobuf = re.sub(r"sha256:(.)", lambda match: "sha256:" + ("1" if match[1] == "0" else "0"), protobuf)
+    (project / "requirements.txt").write_text(before + protobuf + after)
+    done = build(project)
+    assert done.returncode == 1 and not (project / "dist").exists(), done.stderr
+    assert "do not match the hashes" in done.stderr.lower() and "protobuf" in done.stderr.lower(), done.stderr
+
+
+@pytest.mark.parametrize(("old", "new"), [("grpcio==", "grpcio!="), ("TEST=(pytest", "TEST=(pytest six")])
+def test_requirements_are_those_asked_for(tmp_path: Path, old: str, new: str) -> None:
+    """A list in build.sh that was changed without `./build.sh lock` stops every build, and this one has not been."""
+    project = copy_project(tmp_path / "project")
+    script = (project / "build.sh").read_text()
+    assert script.count(old) == 1
+    (project / "build.sh").write_text(script.replace(old, new))
+    done = build(project)
+    assert done.returncode == 1 and "./build.sh lock" in done.stderr, done.stderr
+    assert PYZ.exists(), "with the lists as they are it was built"
+
+
+def pins() -> dict[str, str]:
+    """Name and version of each package in the runtime part of requirements.txt."""
+    part = (HERE / "requirements.txt").read_text().split("# ---- ")[1]
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", part, re.MULTILINE))
+
+
+@pytest.mark.parametrize("file", ["pyz", "universal"])
+def test_what_is_inside(universal: Path, file: str) -> None:
+    """The list of what is inside is valid CycloneDX and true; nothing says where or when it was built."""
+    with zipfile.ZipFile(PYZ if file == "pyz" else universal) as archive:
+        entries = archive.infolist()
+        content = {entry.filename: archive.read(entry) for entry in entries}
+    assert list(content) == sorted(content)
+    assert {(entry.date_time, entry.external_attr >> 16) for entry in entries} == {((1980, 1, 1, 0, 0, 0), 0o100644)}
+    ours = {name: data for name, data in content.items() if not name.startswith("native/")}
+    assert [name for name, data in ours.items() if str(HERE).encode() in data] == []
+    licenses = {name.split("/")[1].replace("_", "-") for name in content if name.startswith("licenses/")}
+    assert licenses == pins().keys()
+
+    text = content["sbom.cdx.json"].decode()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    sbom = json.loads(text)
+    plugin, libraries = sbom["metadata"]["component"], sbom["components"]
+    assert (plugin["name"], plugin["version"]) == ("tt-device-plugin", tt.__version__)
+    assert {library["name"].replace("_", "-"): library["version"] for library in libraries} == pins()
+    assert {library["purl"] for library in libraries} == {f"pkg:pypi/{name}@{version}" for name, version in pins().items()}
+    assert all(library["licenses"] for library in libraries)
+    files = [part for component in (plugin, *libraries) for part in component.get("components", [])]
+    listed = {part["name"]: part["hashes"][0]["content"] for part in files}
+    assert listed == {name: hashlib.sha256(content[name]).hexdigest() for name in listed}
+    assert {name for name in content if name.startswith("native/")} == {name for name in listed if name.startswith("native/")}
+    assert {"__main__.py", "tt_device_plugin.py", "api_pb2.py", "api_pb2_grpc.py"} <= set(listed)
+
+    natives = [name for name in listed if "cygrpc" in name]
+    pairs = {(minor, cpu) for minor in PYTHONS for cpu in ("x86_64", "aarch64")}
+    if file == "pyz":
+        pairs = {(sys.version_info.minor, platform.machine())}
+    assert sorted(natives) == sorted(
+        f"native/{cpu}-linux-gnu/grpc._cython.cygrpc.cpython-3{minor}-{cpu}-linux-gnu.so" for minor, cpu in pairs
+    )
+
+
+# Where it runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("minor", PYTHONS)
+def test_serves_on(universal: Path, four: Tree, kubelet: Kubelet, minor: int) -> None:
+    """The universal file, on the CPythons of this machine, without HOME or a temporary folder; --version says which."""
+    command = ["env", "-i", "TMPDIR=/nonexistent", interpreter(minor), str(universal)]
+    done = run(command, "--version")
+    versions = f"Python 3.{minor}." + r"\S+, grpcio " + re.escape(f"{pins()['grpcio']}, protobuf {pins()['protobuf']}")
+    assert re.fullmatch(rf"tt-device-plugin {re.escape(tt.__version__)} \({versions}\)\n", done.stdout), done.stdout
+    kubelet.start()
+    check_serving(kubelet, [*command, "--kubelet-dir", str(kubelet.root), *four.flags])
+
+
+@pytest.mark.parametrize("file", ["pyz", "universal"])
+def test_says_what_it_is_for(universal: Path, file: str) -> None:
+    """A Python that is not in the file gets one sentence, and exit code 1."""
+    wrong = [minor for minor in interpreters() if minor not in ([sys.version_info.minor] if file == "pyz" else PYTHONS)]
+    if not wrong:
+        pytest.skip("every CPython of this machine is in the file")
+    for minor in wrong:
+        done = run([interpreters()[minor], str(PYZ if file == "pyz" else universal)], "--version")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+        assert f"cpython 3.{minor}." in done.stderr
+        for right in [sys.version_info.minor] if file == "pyz" else PYTHONS:
+            assert re.search(rf"It is for CPython .*\b3\.{right}\b.* on .*\b{platform.machine()}-linux-gnu", done.stderr)
+
+
+@pytest.mark.parametrize("file", ["pyz", "universal"])
+def test_first_start_of_many(universal: Path, tmp_path: Path, file: str) -> None:
+    """Twenty at once, through a link, from a folder with spaces and as a command: all start and none leaves anything."""
+    folder = tmp_path / "a folder with spaces"
+    folder.mkdir()
+    shutil.copy(PYZ if file == "pyz" else universal, folder / "the file")
+    (tmp_path / "link").symlink_to(folder / "the file")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    variables = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(empty), "TMPDIR": str(empty)}
+    ways = itertools.islice(itertools.cycle([tmp_path / "link", folder / "the file"]), 20)
+    popen: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": variables, "cwd": empty}
+    running = [subprocess.Popen([way, "--version"], **popen) for way in ways]
+    answers = {process.communicate(timeout=120)[0] for process in running}
+    assert [process.returncode for process in running] == [0] * 20
+    assert len(answers) == 1 and tt.__version__ in answers.pop()
+    assert list(empty.iterdir()) == [] and [path.name for path in folder.iterdir()] == ["the file"]
+
+
+def test_without_memory_files(universal: Path) -> None:
+    """A kernel or sandbox that has no memfd_create: a nameless temporary file does."""
+    program = "import os, runpy, sys; del os.memfd_create; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run([sys.executable, "-c", program, str(universal)], "--version")
+    assert done.returncode == 0 and tt.__version__ in done.stdout, done.stderr
+
+
+def debian_root(suite: str, packages: str, cpu: str = CPU) -> Path:
+    """A bare Debian with these packages and what they depend on, unpacked but not set up. It stays in build/."""
+    if not shutil.which("mmdebstrap"):
+        pytest.skip("needs mmdebstrap: apt-get install mmdebstrap")
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("this root may not make a mount namespace")
+    # Mirrors and snapshots may be older than a release's lists are meant to be used.
+    options = ["--variant=extract", f"--architectures={cpu}", '--aptopt=Acquire::Check-Valid-Until "false"']
+    options += [f"--include=base-files,libstdc++6,{packages}", suite]
+    root = HERE / "build/roots" / f"{suite}-{cpu}-{hashlib.sha256(repr(options).encode()).hexdigest()[:12]}"
+    if not root.exists():
+        with tempfile.TemporaryDirectory(dir=HERE / "build") as draft:  # a root that is there is whole
+            done = subprocess.run(["mmdebstrap", *options, f"{draft}/root"], capture_output=True, text=True, umask=0o022)
+            assert done.returncode == 0, done.stderr
+            for name in ("dev", "proc", "mnt", "srv", "opt"):  # for box() to mount things on
+                Path(draft, "root", name).mkdir(exist_ok=True)
+            root.parent.mkdir(exist_ok=True)
+            Path(draft, "root").rename(root)
+    return root
+
+
+def box(root: Path, mounts: dict[str, Path], writable: str = "") -> list[str]:
+    """A command that runs the rest of the line in that root as USER, with an empty environment and everything read-only but
+    one folder. Mounts: where in the root, and what of this machine. All vanishes with the process."""
+    quote = shlex.quote
+    lines = ["set -e", f"cd {quote(str(root))}", "mount --bind . .", f"cd {quote(str(root))}"]
+    lines += ["mount --bind /dev dev", "mount --bind /proc proc"]
+    for inside, outside in mounts.items():
+        lines += [f"mount --bind {quote(str(outside))} .{inside}", f"mount -o remount,bind,ro .{inside}"]
+        if writable.startswith(inside):
+            lines += [f"mount --bind {quote(str(outside) + writable.removeprefix(inside))} .{writable}"]
+    path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+    lines += ["mount -o remount,bind,ro .", f'exec env -i {path} chroot --userspec={USER}:{USER} . "$@"']
+    return ["unshare", "--mount", "sh", "-c", "\n".join(lines), "sh"]
+
+
+def check_serving_in_a_box(
+    kubelet: Kubelet, root: Path, mounts: dict[str, Path], command: list[str], python: str, timeout: float = 30.0
+) -> None:
+    """As check_serving, in a box: not root, and there is nothing to write to but the kubelet's folder."""
+    kubelet.start()
+    os.chown(kubelet.folder, USER, USER)
+    (kubelet.folder / "kubelet.sock").chmod(0o666)
+    prefix = box(root, {"/mnt": kubelet.root.parent, **mounts}, "/mnt/k/device-plugins")
+    words = [*command[: command.index(python) + 1], "-c", "import os, tempfile; print(os.getuid()); tempfile.TemporaryFile()"]
+    done = subprocess.run([*prefix, *words], capture_output=True, text=True, cwd="/")
+    assert done.stdout == f"{USER}\n" and "No usable temporary directory" in done.stderr, done.stderr
+    flags = ["--kubelet-dir", "/mnt/k", "--sysfs-root", "/mnt/sys", "--dev-root", "/mnt/dev"]
+    check_serving(kubelet, [*prefix, *command, *flags], timeout)
+
+
+@pytest.mark.parametrize(
+    ("suite", "python"),
+    [
+        ("bookworm", "python3"),  # 3.11
+        pytest.param("trixie", "python3", marks=long_only),  # 3.13
+        pytest.param("forky", "python3", marks=long_only),  # 3.14
+        pytest.param("forky", "python3.15", marks=long_only),
+    ],
+)
+@needs_root
+def test_serves_in_a_bare_debian(universal: Path, four: Tree, kubelet: Kubelet, suite: str, python: str) -> None:
+    """Python and libstdc++6 are all that it needs."""
+    root = debian_root(suite, python)
+    check_serving_in_a_box(kubelet, root, {"/srv": universal.parent}, [python, f"/srv/{universal.name}"], python)
+
+
+@long_only
+@needs_root
+def test_plain_files_on_the_distribution_packages(four: Tree, kubelet: Kubelet) -> None:
+    """The three .py files run on Debian 12's own grpcio 1.51 and protobuf 3.21, with no archive."""
+    root = debian_root("bookworm", "python3,python3-grpcio,python3-protobuf")
+    command = ["python3", "-B", "/srv/tt_device_plugin.py"]
+    check_serving_in_a_box(kubelet, root, {"/srv": HERE}, command, "python3")
+
+
+@long_only
+@needs_root
+def test_serves_on_the_other_cpu(universal: Path, four: Tree, kubelet: Kubelet) -> None:
+    """The same file on the other CPU, emulated; the file for one Python says that it is not for it."""
+    cpu, machine = {"amd64": ("arm64", "aarch64"), "arm64": ("amd64", "x86_64")}[CPU]
+    emulator = shutil.which(f"qemu-{machine}-static")
+    if not emulator:
+        pytest.skip(f"needs qemu-{machine}-static: apt-get install qemu-user-static")
+    root = debian_root("trixie", "python3", cpu)
+    mounts = {"/srv": universal.parent, "/opt": Path(emulator).parent}
+    command = [f"/opt/{Path(emulator).name}", "/usr/bin/python3"]
+    done = run([*box(root, mounts), *command], f"/srv/{PYZ.name}", "--version", timeout=300.0)
+    assert done.returncode == 1 and f"{machine}-linux-gnu). It is for CPython" in done.stderr, done.stderr
+    check_serving_in_a_box(kubelet, root, mounts, [*command, f"/srv/{universal.name}"], "/usr/bin/python3", 300.0)
+
+
+def test_says_what_it_lacks(universal: Path, tmp_path: Path) -> None:
+    """Where a library or a module of Python itself is missing, one sentence says what to install."""
+    (tmp_path / "asyncio.py").write_text("raise ImportError('there is no asyncio here')\n")
+    done = run([sys.executable, str(universal)], "--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "there is no asyncio here" in done.stderr and "libstdc++6" in done.stderr
+
+
+# The image --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Environment variables with which podman and buildah keep all that they make in a folder of this test."""
+    text = f'[storage]\ndriver = ""\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n'
+    (tmp_path / "storage.conf").write_text(text)
+    yield {"CONTAINERS_STORAGE_CONF": str(tmp_path / "storage.conf"), "BUILDAH_ISOLATION": "chroot"}
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+
+
+@pytest.mark.parametrize("tool", ["podman", pytest.param("buildah", marks=long_only)])
+@needs_root
+def test_image(universal: Path, four: Tree, kubelet: Kubelet, tmp_path: Path, storage: dict[str, str], tool: str) -> None:
+    """An image from a base that has a Python; its entry point serves, read-only and not as root, and nothing is compiled."""
+    if not shutil.which(tool):
+        pytest.skip(f"needs {tool}")
+    root = debian_root("bookworm", "python3")
+
+    def call(*words: str, stdin: str = "") -> str:
+        done = subprocess.run([tool, *words], input=stdin, capture_output=True, text=True, env={**os.environ, **storage})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    call("build", "-q", "-t", "localhost/base", "-f", "-", str(root), stdin="FROM scratch\nCOPY . /\n")
+    done = build(HERE, "image", "localhost/plugin:test", env={"TOOL": tool, "BASE": "localhost/base", **storage})
+    assert done.returncode == 0 and "localhost/plugin:test" in done.stdout, done.stdout + done.stderr
+
+    about = json.loads(call("inspect", "--type=image", "localhost/plugin:test"))
+    about = about["OCIv1"] if tool == "buildah" else about[0]
+    config = about["config" if tool == "buildah" else "Config"]
+    assert config["Labels"]["org.opencontainers.image.version"] == tt.__version__
+    assert not config.get("Cmd") and not config.get("User")
+    if tool == "podman":
+        files = Path(call("image", "mount", "localhost/plugin:test"))
+    else:
+        files = Path(call("mount", call("from", "localhost/plugin:test")))
+    folder = files / "opt/tt-device-plugin"
+    sources = [path for path in folder.rglob("*.py")]
+    assert len(sources) > 50 and (folder / "sbom.cdx.json").exists()
+    assert [path for path in sources if not list(path.parent.glob(f"__pycache__/{path.stem}.cpython-311.pyc"))] == []
+    (core,) = folder.glob("grpc/_cython/*.so")
+    assert platform.machine() in core.name
+    check_serving_in_a_box(kubelet, files, {}, config["Entrypoint"], config["Entrypoint"][0])
+
+
+def test_image_without_a_tool(tmp_path: Path) -> None:
+    """A sentence, and not a build, where there is no container tool."""
+    done = build(copy_project(tmp_path / "project"), "image", env={"TOOL": "no-such-tool"})
+    assert done.returncode == 1 and "no-such-tool" in done.stderr and "podman" in done.stderr, done.stderr
+    assert not (tmp_path / "project/dist").exists()
+
 
 ########################################################################################################################
 # 8. Tests of what README and daemonset.yaml say
