@@ -371,8 +371,9 @@ sys.modules.pop("google", None)  # a node's other Python packages may have claim
 
 try:
     from tt_device_plugin import main
-except ImportError as error:  # such as a missing libstdc++.so.6, or the modules that Debian's python3-minimal lacks
-    sys.exit("%s cannot start: %s. It needs all of python3's standard library, and libstdc++6" % (__loader__.archive, error))
+except ImportError as error:  # such as a missing libstdc++.so.6, or modules that Debian's python3-minimal lacks
+    need = "It needs all of python3's standard library, libstdc++6, and /proc"
+    sys.exit("%s cannot start: %s. %s" % (__loader__.archive, error, need))
 
 raise SystemExit(main())
 EOF
@@ -420,6 +421,7 @@ FROM $base
 ARG TARGETARCH
 LABEL org.opencontainers.image.title="tt-device-plugin" org.opencontainers.image.version="$version"
 COPY \$TARGETARCH /opt/tt-device-plugin
+ENV PYTHONPYCACHEPREFIX=/opt/tt-device-plugin/bytecode
 ENTRYPOINT ["python3", "/opt/tt-device-plugin"]
 EOF
     echo "$name: for $platforms, from $base, made by $tool"
@@ -437,9 +439,12 @@ unpack_py() {
     cat <<'EOF'
 """Lays an archive out as folders that this version of Python can run, one for each CPU:  unpack.py ARCHIVE FOLDER"""
 
-import compileall, os, py_compile, sys, zipfile
+import os, py_compile, subprocess, sys, zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import cache_from_source
 from pathlib import Path
+
+PLACE = Path("/opt/tt-device-plugin")  # in the image
 
 MAIN = '''\
 """Starts the device plugin:  python3 FOLDER"""
@@ -468,10 +473,20 @@ for arch, cpu in ("amd64", "x86_64"), ("arm64", "aarch64"):
         file = folder / (module.replace(".", "/") + fitting[0])
         file.write_bytes(archive.read(f"native/{cpu}-linux-gnu/{module}{fitting[0]}"))
     (folder / "__main__.py").write_text(MAIN)
-    # Unchecked: whatever date the sources get on their way into the image.
-    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    if not compileall.compile_dir(folder, quiet=1, stripdir=folder, prependdir="/opt/tt-device-plugin", invalidation_mode=unchecked):
-        sys.exit(1)
+
+# Bytecode, also of what is used of Python's own library: python:*-slim comes without, which makes a start twice as slow.
+sys.pycache_prefix = str(PLACE / "bytecode")
+top = Path(sys.argv[2], {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine])
+program = """import runpy, sys; sys.path.insert(0, sys.argv[1]); import tt_device_plugin
+for module in list(sys.modules.values()): print(getattr(module, "__file__", None))"""
+answer = subprocess.run([sys.executable, "-B", "-c", program, top], stdout=subprocess.PIPE, text=True, check=True)
+library = [path for path in map(Path, answer.stdout.splitlines()) if path.suffix == ".py" and top not in path.parents]
+for folder in Path(sys.argv[2]).iterdir():
+    for path, place in [(path, PLACE / path.relative_to(folder)) for path in folder.rglob("*.py")] + [(path, path) for path in library]:
+        bytecode = folder / Path(cache_from_source(place)).relative_to(PLACE)
+        # By hash: whatever dates the sources get on their way into the image.
+        checked = py_compile.PycInvalidationMode.CHECKED_HASH
+        py_compile.compile(str(path), str(bytecode), str(place), doraise=True, invalidation_mode=checked)
 EOF
 }
 

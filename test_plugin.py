@@ -4901,9 +4901,9 @@ def debian_root(suite: str, packages: str, cpu: str = CPU) -> Path:
     return root
 
 
-def box(root: Path, mounts: dict[str, Path], writable: str = "") -> list[str]:
-    """A command that runs the rest of the line in that root as USER, with an empty environment and everything read-only but
-    one folder. Mounts: where in the root, and what of this machine. All vanishes with the process."""
+def box(root: Path, mounts: dict[str, Path], writable: str = "", env: str = "") -> list[str]:
+    """A command that runs the rest of the line in that root as USER, with only this NAME=VALUE in the environment, and
+    everything read-only but one folder. Mounts: where in the root, and what of this machine. All vanishes with the process."""
     quote = shlex.quote
     lines = ["set -e", f"cd {quote(str(root))}", "mount --bind . .", f"cd {quote(str(root))}"]
     lines += ["mount --bind /dev dev", "mount --bind /proc proc"]
@@ -4911,19 +4911,19 @@ def box(root: Path, mounts: dict[str, Path], writable: str = "") -> list[str]:
         lines += [f"mount --bind {quote(str(outside))} .{inside}", f"mount -o remount,bind,ro .{inside}"]
         if writable.startswith(inside):
             lines += [f"mount --bind {quote(str(outside) + writable.removeprefix(inside))} .{writable}"]
-    path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
-    lines += ["mount -o remount,bind,ro .", f'exec env -i {path} chroot --userspec={USER}:{USER} . "$@"']
+    variables = f"PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin {env}"
+    lines += ["mount -o remount,bind,ro .", f'exec env -i {variables} chroot --userspec={USER}:{USER} . "$@"']
     return ["unshare", "--mount", "sh", "-c", "\n".join(lines), "sh"]
 
 
 def check_serving_in_a_box(
-    kubelet: Kubelet, root: Path, mounts: dict[str, Path], command: list[str], python: str, timeout: float = 30.0
+    kubelet: Kubelet, root: Path, mounts: dict[str, Path], command: list[str], python: str, timeout: float = 30.0, env: str = ""
 ) -> None:
     """As check_serving, in a box: not root, and there is nothing to write to but the kubelet's folder."""
     kubelet.start()
     os.chown(kubelet.folder, USER, USER)
     (kubelet.folder / "kubelet.sock").chmod(0o666)
-    prefix = box(root, {"/mnt": kubelet.root.parent, **mounts}, "/mnt/k/device-plugins")
+    prefix = box(root, {"/mnt": kubelet.root.parent, **mounts}, "/mnt/k/device-plugins", env)
     words = [*command[: command.index(python) + 1], "-c", "import os, tempfile; print(os.getuid()); tempfile.TemporaryFile()"]
     done = subprocess.run([*prefix, *words], capture_output=True, text=True, cwd="/")
     assert done.stdout == f"{USER}\n" and "No usable temporary directory" in done.stderr, done.stderr
@@ -4989,7 +4989,10 @@ def storage(tmp_path: Path) -> Iterator[dict[str, str]]:
     text = f'[storage]\ndriver = ""\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n'
     (tmp_path / "storage.conf").write_text(text)
     yield {"CONTAINERS_STORAGE_CONF": str(tmp_path / "storage.conf"), "BUILDAH_ISOLATION": "chroot"}
-    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for point in reversed([point for point in mounted if point.startswith(f"{tmp_path}/")]):
+        subprocess.run(["umount", point], check=True)
+    shutil.rmtree(tmp_path / "images")
 
 
 @pytest.mark.parametrize("tool", ["podman", pytest.param("buildah", marks=long_only)])
@@ -5021,10 +5024,14 @@ def test_image(universal: Path, four: Tree, kubelet: Kubelet, tmp_path: Path, st
     folder = files / "opt/tt-device-plugin"
     sources = [path for path in folder.rglob("*.py")]
     assert len(sources) > 50 and (folder / "sbom.cdx.json").exists()
-    assert [path for path in sources if not list(path.parent.glob(f"__pycache__/{path.stem}.cpython-311.pyc"))] == []
     (core,) = folder.glob("grpc/_cython/*.so")
     assert platform.machine() in core.name
-    check_serving_in_a_box(kubelet, files, {}, config["Entrypoint"], config["Entrypoint"][0])
+    (env,) = (variable for variable in config["Env"] if not variable.startswith("PATH="))
+    python, *rest = config["Entrypoint"]
+    done = run(box(files, {}, env=env), python, "-v", *rest, "--version")
+    compiled = re.findall(r"^# code object from '(.*\.py)'$", done.stderr, re.MULTILINE)
+    assert "/bytecode/opt/tt-device-plugin/tt_device_plugin." in done.stderr and compiled == [], compiled
+    check_serving_in_a_box(kubelet, files, {}, config["Entrypoint"], python, env=env)
 
 
 def test_image_without_a_tool(tmp_path: Path) -> None:
