@@ -525,7 +525,7 @@ run_tests() {
 }
 
 bench() {
-    alone build_if_needed >&2
+    alone build >&2
     alone make_venv
     keep_caches_in_build
     GRPC_VERBOSITY=NONE exec "$BUILD/venv/bin/python" "$TOP/test_plugin.py" --bench "$@"

@@ -4617,7 +4617,6 @@ def test_labels_file(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 import functools  # noqa: E402
 import hashlib  # noqa: E402
 import http.server  # noqa: E402
-import platform  # noqa: E402
 import shlex  # noqa: E402
 import urllib.parse  # noqa: E402
 import zipfile  # noqa: E402
@@ -5046,7 +5045,6 @@ def test_image_without_a_tool(tmp_path: Path) -> None:
 ########################################################################################################################
 
 import copy  # noqa: E402
-import zipfile  # noqa: E402
 
 import jsonschema  # noqa: E402
 import kubernetes_validate  # type: ignore[import-untyped]  # noqa: E402
