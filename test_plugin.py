@@ -5028,7 +5028,7 @@ def test_image(universal: Path, four: Tree, kubelet: Kubelet, tmp_path: Path, st
     (env,) = (variable for variable in config["Env"] if not variable.startswith("PATH="))
     python, *rest = config["Entrypoint"]
     done = run(box(files, {}, env=env), python, "-v", *rest, "--version")
-    compiled = re.findall(r"^# code object from '(.*\.py)'$", done.stderr, re.MULTILINE)
+    compiled = re.findall(r"^# code object from '?(/.*\.py)'?$", done.stderr, re.MULTILINE)
     assert "/bytecode/opt/tt-device-plugin/tt_device_plugin." in done.stderr and compiled == [], compiled
     check_serving_in_a_box(kubelet, files, {}, config["Entrypoint"], python, env=env)
 
