@@ -477,7 +477,8 @@ for arch, cpu in ("amd64", "x86_64"), ("arm64", "aarch64"):
 # Bytecode, also of what is used of Python's own library: python:*-slim comes without, which makes a start twice as slow.
 sys.pycache_prefix = str(PLACE / "bytecode")
 top = Path(sys.argv[2], {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine])
-program = """import runpy, sys; sys.path.insert(0, sys.argv[1]); import tt_device_plugin
+program = """import sys; sys.path.insert(0, sys.argv[1]); import tt_device_plugin
+import http.server, ipaddress, shutil, tempfile  # which it imports only when it needs them
 for module in list(sys.modules.values()): print(getattr(module, "__file__", None))"""
 answer = subprocess.run([sys.executable, "-B", "-c", program, top], stdout=subprocess.PIPE, text=True, check=True)
 library = [path for path in map(Path, answer.stdout.splitlines()) if path.suffix == ".py" and top not in path.parents]

@@ -1714,6 +1714,57 @@ def test_p300_waits_for_its_other_chip() -> None:
     assert shown(assess_all(half, [p300(3), p300(4)])) == [("p300-000004513190F004", "p300", "Healthy", "ok")]
 
 
+def test_type_is_not_unlearnt() -> None:
+    """A chip that is "unknown" for a while belongs to its card all the same, and is not offered beside it afterwards."""
+    odd = [p300(3), p300(4, card_type="unknown")]
+    stages = [assess_all(*history) for history in ([[p300(3), p300(4)], odd], [[p300(3), p300(4)], odd, [p300(3), p300(4)]])]
+    assert [[card[:3] for card in shown(stage)] for stage in stages] == [[("p300-000004513190F004", "p300", "Healthy")]] * 2
+
+
+def test_another_cards_chip_in_its_place() -> None:
+    """A card known by its PCI address does not take the chip that another one knows by its ASIC id, wherever that is now."""
+    by_place = sighting("0000:01:00.0", asic_id="")
+    by_id = sighting("0000:09:00.0", asic_id="A" * 16)
+    moved = sighting("0000:01:00.0", asic_id="A" * 16)
+    assert {card[0]: card[3] for card in shown(assess_all([by_place, by_id], [moved]))} == {
+        "0000:01:00.0": "gone",
+        "wormhole-AAAAAAAAAAAAAAAA": "ok",
+    }
+
+
+def test_probed_anew_between_two_polls() -> None:
+    """Another class device in the same slot: its telemetry has its full time, and its heartbeat no past."""
+    blind = sighting(card_type="", asic_id="", serial="", beat=None, stamp=(1, 1))
+    pulse, _ = tt.judge(None, blind, 0.0)
+    assert tt.judge(pulse, blind, 200.0)[1].kind == "no-telemetry"
+    assert tt.judge(pulse, blind._replace(chip=replace(blind.chip, stamp=(2, 2))), 200.0)[1].kind == "pending"
+
+
+def test_late_telemetry_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A card that gets another ID with its telemetry is not said to be gone."""
+    caplog.set_level("INFO")
+    before, after = sighting(card_type="", asic_id="", serial="", beat=None), sighting()
+    snapshot, pulses = tt.assess(tt.Snapshot(), {}, [before], tt.Settings(), 0.0, 1e9)
+    tt.report(snapshot, tt.assess(snapshot, pulses, [after], tt.Settings(), 1.0, 1e9)[0])
+    assert [message.endswith("is Healthy") for message in caplog.messages] == [True]
+
+
+def test_folder_deleted_under_a_mount(room: Path) -> None:
+    """A container's mount shows the deleted folder for ever, and only a new container sees the new one: this one ends."""
+    (room / "k").mkdir()
+    (room / "host").mkdir()
+    fd = os.open(room / "host", os.O_RDONLY)
+    try:
+        (room / "k/device-plugins").symlink_to(f"/proc/self/fd/{fd}")  # like a mount, it leads to the folder, not to its name
+        stay = tt.Stay(tt.Settings(kubelet_dir=room / "k"))
+        assert stay.look() == ""
+        (room / "host").rmdir()
+        with pytest.raises(tt.CannotWork, match="deleted on the host"):
+            stay.look()
+    finally:
+        os.close(fd)
+
+
 def test_p300_loses_one_chip() -> None:
     """The card stays one card, Unhealthy, and its reason names the chip; the other one does not become a card of its own."""
     pair = [p300(3), p300(4)]
@@ -2281,11 +2332,13 @@ def test_a_failed_kubelet_is_left_alone(room: Path) -> None:
     async def look(path: Path, server: socket.socket) -> None:
         server.bind(str(path))
         server.listen()
+        settings = tt.Settings(kubelet_dir=room)
+        registrar = tt.Registrar(settings, tt.Inventory(settings), tt.Bell())
         failed = tt.identity_of(path)
         began = time.monotonic()
-        assert await tt.kubelet_at(path, failed, 0.3, tt.Trouble()) == failed
+        assert await registrar.kubelet(path, failed, 0.3) == failed
         assert time.monotonic() - began >= 0.3
-        meeting = asyncio.create_task(tt.kubelet_at(path, failed, 60, tt.Trouble()))
+        meeting = asyncio.create_task(registrar.kubelet(path, failed, 60))
         await asyncio.sleep(0)  # it has begun to wait
         assert not meeting.done()
         path.unlink()
@@ -2297,7 +2350,8 @@ def test_a_failed_kubelet_is_left_alone(room: Path) -> None:
             quick(time.monotonic() - began, AGAIN_S, "another kubelet's socket to seen")
 
     with socket.socket(socket.AF_UNIX) as server:
-        asyncio.run(look(room / "s", server))
+        (room / "device-plugins").mkdir()
+        asyncio.run(look(room / "device-plugins/s", server))
 
 
 ########################################################################################################################
@@ -2732,8 +2786,8 @@ def test_the_one_standing_by_ends(
 STATES: dict[str, tuple[dict[str, Any] | None, str]] = {
     "in its first poll": (None, "kubelet folder"),
     "no folder": (None, "not there yet"),
-    "no kubelet": (None, "there is no .*kubelet.sock"),
-    "nobody listens": ({"wait": "bound", "listen_delay": 60}, "nobody listens"),
+    "no kubelet": (None, "no kubelet listens"),
+    "nobody listens": ({"wait": "bound", "listen_delay": 60}, "no kubelet listens"),
     "Register hangs": ({"faults": {"register_hangs": 1}}, ""),
     "Register has failed": ({"faults": {"register_fails": 99}}, "trying again"),
     "no stream yet": ({"faults": {"no_stream": 1}}, ""),
@@ -3353,6 +3407,28 @@ def test_renumbered_before_allocate(kubelet: Kubelet, tree: Tree, beating: Beati
         assert os.path.realpath(tree.dev / device["host_path"].removeprefix("/dev/")) == NODES[1]
 
 
+@module_only
+def test_stale_by_id_link(kubelet: Kubelet, tree: Tree, beating: Beating, launch: Launch) -> None:
+    """udev lags behind a renumbering: the stored link leads to another card, so neither start nor Allocate is granted."""
+    first, second = numbered(N150[:2], by_id=True)
+    tree.add(first)
+    tree.add(second)
+    kubelet.start()
+    launch(tree, kubelet)
+    kubelet.wait_status(R150, 2, 2)
+    kubelet.admit("pod", {R150: 1}, {R150: [first.id]})
+    link = tree.dev / "tenstorrent/by-id" / first.id
+    link.unlink()
+    link.symlink_to(f"../{second.n}")
+    with refused("FAILED_PRECONDITION", "leads to another device"):
+        kubelet.start_container("pod")
+    with refused("FAILED_PRECONDITION", "leads to another device"):
+        kubelet.allocate(R150, [first.id])
+    link.unlink()
+    link.symlink_to(f"../{first.n}")
+    kubelet.start_container("pod")
+
+
 @pytest.mark.parametrize("by_id", [False, True])
 @module_only
 def test_renumbered_before_restart(kubelet: Kubelet, tree: Tree, beating: Beating, launch: Launch, by_id: bool) -> None:
@@ -3736,7 +3812,7 @@ def test_folder_made_anew_under_a_waiting_holder(kubelet: Kubelet, four: Tree, p
     """The holder waits for a kubelet in a folder that goes: who has the new folder's lock, and nobody else, registers."""
     launch(four, kubelet).wait_for_line(STANDING_BY)
     kubelet.kill()
-    plugin.wait_for_line("nobody listens")
+    plugin.wait_for_line("no kubelet listens")
     shutil.rmtree(kubelet.folder)
     mark = kubelet.log.mark()
     kubelet.start()
@@ -4029,6 +4105,13 @@ def samples(text: str) -> dict[str, float]:
     return found
 
 
+def verdict_in(found: dict[str, float], card: str, resource: str) -> tuple[str, float]:
+    """What a metrics page says of a card: the kind of its verdict, and whether it is healthy."""
+    mine = f'tt_device_plugin_card_verdict{{card="{card}"'
+    (kind,) = (name.split('kind="')[1].split('"')[0] for name in found if name.startswith(mine))
+    return kind, found[f'tt_device_plugin_card_healthy{{card="{card}",resource="{resource}"}}']
+
+
 def chip_of(chip: Chip) -> str:
     """The labels of a chip that is a card of its own."""
     return f'{{card="{chip.id}",chip="{chip.bdf}"}}'
@@ -4073,8 +4156,8 @@ def test_metrics_of_chips(tree: Tree) -> None:
     assert {name: found.get(name + n150) for name in expected} == expected
     assert found["tt_thermal_trips_total" + p300] == 2
     assert "tt_device_plugin_device_node_users" + p300 not in found
-    assert found[f'tt_device_plugin_card_healthy{{card="{N150[0].id}",kind="ok",resource="{R150}"}}'] == 1
-    assert found[f'tt_device_plugin_card_healthy{{card="{P300[0].id}",kind="half",resource=""}}'] == 0
+    assert verdict_in(found, N150[0].id, R150) == ("ok", 1)
+    assert verdict_in(found, P300[0].id, "") == ("half", 0)
     assert found["tt_device_plugin_cards_not_offered"] == 2
     assert found["tt_device_plugin_polls_total"] == 2 and found["tt_device_plugin_poll_seconds_total"] > 0
     (info,) = (name for name in found if name.startswith("tt_device_plugin_chip_info") and N150[0].bdf in name)
@@ -4089,7 +4172,7 @@ def test_metrics_of_a_lost_card(tree: Tree) -> None:
         tree.remove(N150[0].bdf)
         inventory.poll(101.0)
         found = samples(tt.metrics(inventory, registrar, 101.0))
-    assert found[f'tt_device_plugin_card_healthy{{card="{N150[0].id}",kind="gone",resource="{R150}"}}'] == 0
+    assert verdict_in(found, N150[0].id, R150) == ("gone", 0)
     assert found[f'tt_device_plugin_cards{{health="Unhealthy",resource="{R150}"}}'] == 1
     assert not [name for name in found if name.endswith(chip_of(N150[0]))]
 
@@ -4204,7 +4287,7 @@ def test_pages(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     with refused("NOT_FOUND"):
         kubelet.allocate(R150, ["nonsense"])
     found = samples(page(plugin, "/metrics")[1])
-    assert {name: value for name, value in found.items() if R150 in name and "card_healthy" not in name} == {
+    assert {name: value for name, value in found.items() if R150 in name and "card_" not in name} == {
         f'tt_device_plugin_registered{{resource="{R150}"}}': 1,
         f'tt_device_plugin_registrations_total{{cause="start",resource="{R150}"}}': 1,
         f'tt_device_plugin_registrations_total{{cause="stream-ended",resource="{R150}"}}': 1,
@@ -4215,7 +4298,7 @@ def test_pages(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     }
     assert found["process_resident_memory_bytes"] > 10e6 and found["process_open_fds"] > 5
     assert abs(found["process_start_time_seconds"] - time.time()) < 60 and found["process_cpu_seconds_total"] > 0.01
-    assert page(plugin, "/nonsense") == (404, "there is no such page: /healthz, /readyz, /metrics\n")
+    assert page(plugin, "/nonsense") == (404, "no such page; there are /healthz, /readyz, /metrics\n")
     line = plugin.log.mark()
     kubelet.stop()
     plugin.wait_for_line("no kubelet listens", after=line)
@@ -4257,7 +4340,7 @@ def test_pages_while_a_read_hangs(kubelet: Kubelet, four: Tree, beating: Beating
     kubelet.wait_health(R150, N150[1].id, "Unhealthy", timeout=10)
     assert page(plugin, "/healthz")[0] == 200 and page(plugin, "/readyz")[0] == 200
     found = samples(page(plugin, "/metrics")[1])
-    assert found[f'tt_device_plugin_card_healthy{{card="{N150[1].id}",kind="read-hangs",resource="{R150}"}}'] == 0
+    assert verdict_in(found, N150[1].id, R150) == ("read-hangs", 0)
 
 
 @module_only
@@ -4278,7 +4361,7 @@ def test_pages_under_bad_clients(kubelet: Kubelet, four: Tree, launch: Launch) -
         began = time.monotonic()
         kubelet.allocate(R150, [N150[0].id])
         quick(time.monotonic() - began, 0.050, "Allocate beside silent HTTP clients")
-    assert page(plugin, "/healthz")[0] == 200, "they have gone, and others are served"
+        assert page(plugin, "/healthz")[0] == 200, "the oldest of them make room"
     assert not plugin.lines("traceback|exception")
 
 
@@ -4501,35 +4584,58 @@ def test_cdi_is_not_written(kubelet: Kubelet, four: Tree, launch: Launch) -> Non
     assert f"cannot keep {folder}/{CDI}" in plugin.wait_for_line("cannot keep").text
     assert "cdi_devices" not in {name for name, value in kubelet.allocate(R150, [N150[0].id]).items() if value}
     folder.unlink()
-    plugin.wait_for_line(f"{CDI} is written again")
+    plugin.wait_for_line(f"{CDI} is kept again")
     assert kubelet.allocate(R150, [N150[0].id])["cdi_devices"]
     (folder / CDI).unlink()
     assert not kubelet.allocate(R150, [N150[0].id]).get("cdi_devices")
 
 
 def test_kept_file(room: Path) -> None:
-    """Written when it should say something else or is gone; ours alone is removed."""
+    """Written when it should say something else or is gone; ours alone is removed, and what a killed instance has left."""
+
     file = tt.KeptFile(room / "x/file")
     file.keep("one")
     first = file.path.stat()
     file.keep("one")
     assert file.path.stat() == first, "not written without need"
     file.keep("two")
-    assert file.path.read_text() == "two" and file.current
+    assert file.path.read_text() == "two" and not file.says("one")
     file.path.unlink()
-    assert not file.current
+    assert not file.says("two")
     file.keep("two")
-    assert file.path.read_text() == "two" and file.current
+    assert file.path.read_text() == "two"
     file.keep("")
     assert not file.path.exists()
     file.keep("three")
     other = tt.KeptFile(file.path)  # of the instance that takes over
     other.keep("three")
     file.end()
-    assert other.current and not file.current
+    assert other.says("three") and not file.says("three")
     other.end()
     other.keep("late")  # the polling thread's last word
     assert not file.path.exists()
+    file.path.write_text("of an instance that was killed")
+    last = tt.KeptFile(file.path)
+    last.keep("")
+    last.end()
+    assert not file.path.exists()
+
+
+@module_only
+def test_a_write_that_hangs(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """The folder for CDI is on a disk that hangs: the cards are served, and the process ends when it is told to."""
+    kubelet.start()
+    folder = kubelet.root / "cdi"
+    folder.mkdir()
+    os.mkfifo(folder / f".{CDI}.new")
+    plugin = launch(four, kubelet, "--cdi-dir", str(folder))
+    kubelet.wait_status(R150, 4, 4)
+    mark = kubelet.log.mark()
+    four.remove(N150[0].bdf)
+    kubelet.wait_health(R150, N150[0].id, "Unhealthy", after=mark)
+    code, seconds = plugin.end()
+    assert code == 0
+    quick(seconds, 1.5, "SIGTERM to the end while a write hangs")
 
 
 @module_only

@@ -41,6 +41,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import signal
 import socket
@@ -50,12 +51,12 @@ import textwrap
 import threading
 import time
 import urllib.parse
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getpagesize, getrlimit
-from typing import Any, NamedTuple, TextIO, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, cast
 
 import google.protobuf.message
 import grpc
@@ -91,6 +92,10 @@ class Settings:
     def plugin_dir(self) -> Path:
         """The folder that the kubelet and its plugins share sockets in."""
         return self.kubelet_dir / "device-plugins"
+
+
+class CannotWork(Exception):
+    """There is no use in starting: the text says which folder, which user, and what to do."""
 
 
 class Trouble:
@@ -475,6 +480,7 @@ class Pulse:
     """What is remembered of one chip from poll to poll. Times are time.monotonic()."""
 
     appeared: float
+    inode: int = 0  # of the class device's folder: a chip that was probed anew has another one
     beat: int | None = None  # the last heartbeat that could be read
     changed: float = 0.0  # when it was first read as such
     equal_reads: int = 0  # polls since then that saw no change
@@ -495,8 +501,8 @@ def judge(pulse: Pulse | None, sighting: Sighting, now: float) -> tuple[Pulse, V
     without a class device.
     """
     chip, signs = sighting
-    if pulse is None or chip.index < 0:
-        pulse = Pulse(now, changed=now, trips=pulse.trips if pulse else None)
+    if pulse is None or chip.index < 0 or pulse.inode != chip.stamp[0]:
+        pulse = Pulse(now, chip.stamp[0], changed=now, trips=pulse.trips if pulse else None)
     pulse = feel(pulse, signs)
     felt = signs.heartbeat_read and signs.fault != "gone"
     if signs.heartbeat is not None and signs.heartbeat != pulse.beat and signs.fault != "bus-dead":
@@ -533,15 +539,17 @@ def feel(pulse: Pulse, signs: Signs) -> Pulse:
     return replace(pulse, trips=readings.get("trips", pulse.trips))
 
 
-def events(before: Pulse, now: Pulse) -> list[str]:
+def events(before: Pulse | None, now: Pulse | None) -> list[str]:
     """What an admin should hear of a chip, besides its verdict."""
+    if before is None or now is None:
+        return []
     told = []
     if now.hot != before.hot:
         told.append("is above its temperature limit and throttles: look at the cooling" if now.hot else "throttles no longer")
     if now.junk and not before.junk:
         told.append("reports readings that cannot be; they are ignored (firmware newer than the loaded driver? reload it)")
     if before.trips is not None and now.trips is not None and now.trips > before.trips:
-        told.append(f"was shut down by critical temperature, {now.trips - before.trips} times since the last look")
+        told.append(f"was shut down by critical temperature; that makes {now.trips} times since power-on")
     return told
 
 
@@ -622,19 +630,21 @@ def distinct(sightings: Iterable[Sighting]) -> dict[str, Sighting]:
     return by_pci
 
 
-def same_chip(known: Chip, free: Mapping[str, Chip]) -> Chip | None:
+def same_chip(known: Chip, free: Mapping[str, Chip], offered: set[str]) -> Chip | None:
     """The chip that was offered as `known`, as it is now among the `free` ones by PCI address, or None.
 
     By ASIC id; by PCI address only while one of the two has no ASIC id, as when a reset chip's telemetry is not back: then it
-    keeps what was known of it. A chip of another type is another chip.
+    keeps what was known of it. But not one whose ID is among those `offered`: that is another card's, in this one's place.
+    A chip of another type is another chip.
     """
     found = next((chip for chip in free.values() if chip.asic_id == known.asic_id and chip.id == known.id), None)
-    if found is None and known.pci in free and not (known.asic_id and free[known.pci].asic_id):
-        found = free[known.pci]
+    there = free.get(known.pci)
+    if found is None and there is not None and not (known.asic_id and there.asic_id) and there.id not in offered - {known.id}:
+        found = there
     if found is None or found.card_type not in ("", "unknown", known.card_type):
         return None
-    if found.identified:
-        return found
+    if found.identified:  # a type once known is not unlearnt: a p300 whose chip is "unknown" for a while would fall apart
+        return found if found.card_type != "unknown" else replace(found, card_type=known.card_type)
     return replace(known, index=found.index, stamp=found.stamp, pci=found.pci, dev=found.dev, driver=found.driver)
 
 
@@ -671,11 +681,12 @@ def assess(
     free = {pci: seen[pci].chip for pci in sorted(seen)}
     cards: dict[str, Card] = {}
     present: set[str] = set()
+    offered_ids = {chip.id for card in old.cards if card.resource is not None for chip in card.chips}
     for card in old.cards:  # first those that were offered: they keep ID and chips, whatever has become of these
         if card.resource is not None:
             chips, verdicts = [], []
             for known in card.chips:
-                chip = same_chip(known, free)
+                chip = same_chip(known, free, offered_ids)
                 chips.append(chip or known)
                 verdicts.append(judged[chip.pci][1] if chip else verdict("gone", known))
                 if chip:
@@ -730,9 +741,9 @@ class Bell:
         self._event.set()
         self._event = asyncio.Event()
 
-    async def wait(self) -> None:
-        """Until the next ring."""
-        await self._event.wait()
+    def wait(self) -> Coroutine[Any, Any, object]:
+        """Until the next ring from now on, whenever it is awaited."""
+        return self._event.wait()
 
 
 Place = tuple[int, tuple[int, int]]  # N of a class device, and its stamp
@@ -754,6 +765,7 @@ class Inventory:
         self._sensed = -math.inf  # when sensors were read last
         self._seen: dict[int, Chip] | None = None  # N -> chip as identified; None before the first poll
         self._functions: list[Chip] = []  # see bare_functions()
+        self._host_read = False  # whether the facts of the host have ever been read
         self._stuck: set[Place] = set()  # where a read hangs
         self._reading: tuple[Place, int] | None = None  # where the polling thread reads now, and which read it is
         self._reads = itertools.count()
@@ -770,11 +782,12 @@ class Inventory:
         host, functions = replace(last, polled=True), self._functions
         there = {sighting.chip.pci for sighting in sightings}
         bare = any(chip.pci not in there for chip in functions)  # such a one may go, or change its driver, at any time
-        if (seen != self._seen or bare) and HOST not in self._stuck:
+        if (seen != self._seen or bare or not self._host_read) and HOST not in self._stuck:
             with self._watched(HOST):
                 driver = attribute(sysfs / "module/tenstorrent/version", re.compile(r"[\w.+~-]{1,40}"))
                 host = replace(host, numa_nodes=host_numa_nodes(sysfs), driver=driver)
                 functions = bare_functions(sysfs)
+            self._host_read = True
         sightings += [Sighting(chip, Signs(fault="no-driver")) for chip in functions if chip.pci not in there]
         new, pulses = assess(host, self.pulses, sightings, self.settings, now, time.time())
         with self._lock:
@@ -785,9 +798,10 @@ class Inventory:
         self.alive_at = time.monotonic()
         self.polls, self.polls_s = self.polls + 1, self.polls_s + self.alive_at - now
         self._polled(last, new)
-        for pci, pulse in pulses.items():
-            for event in events(before.get(pci, pulse), pulse):
-                log.warning("chip %s %s", pci, event)
+        for card in new.cards:
+            for chip in card.chips:
+                for event in events(before.get(chip.pci), pulses.get(chip.pci)):
+                    log.warning("chip %s of %s %s", chip.pci, card, event, extra={"card": card.id, "resource": card.resource})
 
     def _look(self, before: Mapping[int, Chip], sensors: bool) -> tuple[list[Sighting], dict[int, Chip]]:
         """This poll's sightings, and the chips by N, as they were `before` where they are the same."""
@@ -838,8 +852,10 @@ class Inventory:
                 self.trouble.is_now("", "the cards can be looked for again")
             except OSError as error:
                 self.trouble.is_now(f"cannot look for cards, the last list stands: {error}")
-            except Exception:  # a defect must cost one poll, not all that follow
-                log.exception("a poll failed, the last list stands")
+            except Exception as error:  # a defect must cost one poll, not all that follow
+                if not self.trouble.problem:
+                    log.exception("a poll failed, the last list stands")
+                self.trouble.is_now(f"polls fail, the last list stands: {error!r}")
             time.sleep(self.settings.poll_seconds)
 
     def start(self) -> None:
@@ -889,7 +905,10 @@ def report(old: Snapshot, new: Snapshot) -> None:
             log.info("%s is Healthy%s%s", card, text, card.verdict.reason and f": {card.verdict.reason}", extra=extra)
         else:
             log.error("%s is Unhealthy: %s", card, card.verdict.reason, extra=extra)
+    chips = {chip.pci for card in new.cards for chip in card.chips}
     for card in before.values():
+        if any(chip.pci in chips for chip in card.chips):
+            continue  # it is another card now: its telemetry has come
         log.warning("%s is gone; it was not offered", card, extra={"card": card.id, "resource": card.resource})
 
 
@@ -996,8 +1015,11 @@ def host_path(settings: Settings, card: Card, chip: Chip) -> str:
     if settings.fake:
         return os.devnull
     by_id = f"tenstorrent/by-id/{chip.id}"
-    linked = is_device_node(f"{settings.dev_root}/{by_id}", chip.dev)
-    return f"/dev/{by_id if linked else node}"
+    if is_device_node(f"{settings.dev_root}/{by_id}", chip.dev):
+        return f"/dev/{by_id}"
+    if os.path.exists(f"{settings.dev_root}/{by_id}"):  # and a container that was given this link would get that one
+        raise unfit(card, f"/dev/{by_id} leads to another device: udev is not done yet; try again")
+    return f"/dev/{node}"
 
 
 def wants_hugepages(settings: Settings, cards: Iterable[Card]) -> bool:
@@ -1005,7 +1027,7 @@ def wants_hugepages(settings: Settings, cards: Iterable[Card]) -> bool:
     if settings.hugepages != "auto":
         return settings.hugepages == "always"
     needed = any(not chip.iommu.startswith("DMA") for card in cards for chip in card.chips)
-    return needed and (settings.dev_root / "hugepages-1G").is_dir()
+    return needed and os.path.isdir(f"{settings.dev_root}/hugepages-1G")
 
 
 def grant(settings: Settings, resource: str, cards: Sequence[Card]) -> api.ContainerAllocateResponse:
@@ -1180,14 +1202,14 @@ class DevicePlugin(rpc.DevicePluginServicer):
             containers = [list(one.devices_ids) for one in request.container_requests]
             pick(snapshot, self.resource, list(itertools.chain.from_iterable(containers)))  # no card for two of them
             answer = api.AllocateResponse()
-            for ids in containers:
-                cards = pick(snapshot, self.resource, ids)
-                granted = answer.container_responses.add()
-                granted.CopyFrom(grant(self.inventory.settings, self.resource, cards))
-                if self.ledger.cdi is not None and self.ledger.cdi.current:  # a name that leads nowhere stops the container
-                    granted.cdi_devices.extend(api.CDIDevice(name=f"{CDI_KIND}={card.id}") for card in cards)
+            granted = [pick(snapshot, self.resource, ids) for ids in containers]
+            answer.container_responses.extend(grant(self.inventory.settings, self.resource, cards) for cards in granted)
+            for cards, got in zip(granted, answer.container_responses, strict=True):  # nothing is refused from here on
+                # A CDI name that leads nowhere would stop the container; the device nodes are there in any case.
+                if self.ledger.cdi is not None and all(self.ledger.cdi.says(f'"{card.id}"') for card in cards):
+                    got.cdi_devices.extend(api.CDIDevice(name=f"{CDI_KIND}={card.id}") for card in cards)
                 # A CDI device node has its number of the container's start, the link's path inside that of now.
-                by_number = granted.cdi_devices or any("/by-id/" not in device.host_path for device in granted.devices)
+                by_number = got.cdi_devices or any("/by-id/" not in device.host_path for device in got.devices)
                 for card in cards:
                     self.ledger.allocated.pop(card.id, None)
                     if by_number:
@@ -1272,42 +1294,44 @@ class Stay:
         self.folder = settings.plugin_dir
         self.held = False
         self.second = ""  # says so, if another instance held it at the last look
-        self.trouble = Trouble()
         self._fd = -1
-        self._turn = asyncio.Lock()  # the loops of all resources ask
-
-    async def hold(self) -> None:
-        """Returns when the lock is held, on the folder that is there now."""
-        async with self._turn:
-            while problem := self.look():
-                self.trouble.is_now(problem)
-                await asyncio.sleep(PACE_S)
-            self.trouble.is_now("", f"{self.folder} is there, and no other instance serves it")
+        self._links = 0  # to the folder, when it was locked
 
     def look(self) -> str:
-        """One try: "" if the lock is held, else what it waits for."""
-        self.second = ""
+        """One try: "" if the lock is held, else what it waits for. Raises CannotWork if that can never be."""
+        second = ""
         try:
             if not self.holds():
                 self.release()
                 self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove_stale_sockets(self.folder)
-                self.held = True
+                self.held, self._links = True, os.fstat(self._fd).st_nlink
             return ""
         except FileNotFoundError:
             self.release()
             return f"{self.folder} is not there yet: waiting for a kubelet that makes it"
         except BlockingIOError:
-            self.second = f"another instance serves {self.folder}: standing by until it ends"
-            return self.second
+            second = f"another instance serves {self.folder}: standing by until it ends"
+            return second
         except OSError as error:
-            return f"cannot lock {self.folder}: {error.strerror}"
+            return f"cannot lock {self.folder}: {error.strerror}; {no_access(self.folder)}".removesuffix("; ")
+        finally:
+            self.second = second
 
     def holds(self) -> bool:
-        """Whether the lock is held on the folder that is there now: one that was deleted and made anew is another one."""
+        """Whether the lock is held on the folder that is there now. Raises CannotWork if it is only a mount's memory of one.
+
+        One that was deleted and made anew is another one. A container's mount goes on showing the deleted one, for ever.
+        """
+        if not self.held:
+            return False
+        mine = os.fstat(self._fd)
         with contextlib.suppress(OSError):
-            return self.held and os.path.samestat(os.fstat(self._fd), os.stat(self.folder))
+            if os.path.samestat(mine, os.stat(self.folder)):
+                if mine.st_nlink == 0 < self._links:
+                    raise CannotWork(f"{self.folder} was deleted on the host, and a mount shows the deleted one: start again")
+                return True
         return False
 
     def release(self) -> None:
@@ -1315,6 +1339,23 @@ class Stay:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self.held = -1, False
+
+
+def no_access(folder: Path) -> str:
+    """Why this process may not make sockets in the kubelet's folder; "" if it may, or if there is no such folder."""
+    try:
+        status = os.stat(folder)
+        if os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+            return ""
+        problem = f"it belongs to uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}, or is mounted read-only"
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        problem = str(error.strerror)
+    return (
+        f"uid {os.geteuid()} cannot make sockets in {folder}: {problem}. The kubelet makes this folder for root alone: run the "
+        "plugin as uid 0 (it needs no capabilities), with the folder mounted for writing"
+    )
 
 
 def remove_stale_sockets(folder: Path) -> None:
@@ -1338,36 +1379,16 @@ def listens(path: Path) -> bool:
         return True
 
 
-Identity = tuple[int, int, int]  # device, inode and change time of a kubelet's socket: a new one, a new kubelet
+Identity = tuple[int, int, int]  # device, inode and time of change: another file, or another kubelet, has another one
 
 
-def identity_of(path: Path) -> Identity:
-    """Which socket is at `path`. Raises OSError."""
-    status = os.stat(path)
-    return (status.st_dev, status.st_ino, status.st_ctime_ns)
-
-
-async def kubelet_at(path: Path, failed: Identity | None, patience_s: float, trouble: Trouble) -> Identity:
-    """Returns once a kubelet listens at `path`: which one.
-
-    The one that has `failed` is left alone for `patience_s`; any other is met at the next look.
-    """
-    loop = asyncio.get_running_loop()
-    until = loop.time() + patience_s
-    absent = f"no kubelet listens at {path}: waiting for it to start"
-    while True:
-        try:
-            identity = identity_of(path)
-            if identity != failed or loop.time() >= until:
-                if listens(path):
-                    trouble.is_now("", f"a kubelet answers at {path}")
-                    return identity
-                trouble.is_now(absent)
-        except FileNotFoundError:
-            trouble.is_now(absent)
-        except OSError as error:
-            trouble.is_now(f"cannot reach the kubelet at {path}: {error.strerror}")
-        await asyncio.sleep(PACE_S)
+def identity_of(path: Path) -> Identity | None:
+    """Which file is at `path`; None if there is none. Raises OSError."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
 def unix_target(path: Path) -> str:
@@ -1414,7 +1435,7 @@ NOT_YET = "waiting for the kubelet's answer"
 
 
 class NoStream(Exception):
-    """The kubelet has accepted a registration, but has not opened its stream."""
+    """The kubelet has accepted a registration, but has not opened its stream: why."""
 
 
 class Registrar:
@@ -1427,19 +1448,19 @@ class Registrar:
         self.stay = Stay(settings)
         self.ledger = Ledger()
         self._registered: set[str] = set()
-        self._absent = Trouble()  # there is no kubelet
-        self._refused: dict[str, Trouble] = {}  # resource -> there is one, which has not registered it
+        self._waiting = Trouble()  # for the folder, for another instance's end, for a kubelet
+        self._refused: dict[str, Trouble] = {}  # resource -> the kubelet has not registered it
 
     def states(self) -> dict[str, str]:
         """Each resource of this node -> "" if it is registered, else why not. Callable in any thread."""
         states = {}
         for resource, refused in dict(self._refused).items():
-            why = self.stay.trouble.problem or self._absent.problem or refused.problem or NOT_YET
+            why = self._waiting.problem or refused.problem or NOT_YET
             states[resource] = "" if resource in self._registered else why
         return states
 
     async def run(self) -> None:
-        """One keep() for each resource there is, until cancelled; then all of them are closed."""
+        """One keep() for each resource there is, until cancelled; then all of them are closed. Raises CannotWork."""
         tasks: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
@@ -1451,24 +1472,51 @@ class Registrar:
                     await end(tasks.pop(resource) for resource in gone)
                     for resource in gone:
                         self._refused.pop(resource, None)
-                else:
-                    await self.bell.wait()
+                    continue
+                rung = asyncio.create_task(self.bell.wait())
+                try:
+                    done, _ = await asyncio.wait([rung, *tasks.values()], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    rung.cancel()
+                for task in done - {rung}:
+                    task.result()  # none of them returns by itself: it raises what ended it
         finally:
-            await end(tasks.values())
-            self.stay.release()
+            try:
+                await end(tasks.values())
+            finally:
+                self.stay.release()
+
+    async def kubelet(self, path: Path, failed: Identity | None, patience_s: float) -> Identity:
+        """Returns once this instance is the one that serves and a kubelet listens at `path`: which one.
+
+        The one that has `failed` is left alone for `patience_s`; any other is met at the next look. Raises CannotWork.
+        """
+        until = time.monotonic() + patience_s
+        while True:
+            problem = self.stay.look()
+            if not problem:
+                try:
+                    identity = identity_of(path)
+                    if identity is None or identity != failed or time.monotonic() >= until:
+                        if identity is not None and listens(path):
+                            self._waiting.is_now("", f"a kubelet answers at {path}")
+                            return identity
+                        problem = f"no kubelet listens at {path}: waiting for it to start"
+                except OSError as error:
+                    problem = f"cannot reach the kubelet at {path}: {error.strerror}"
+            if problem:
+                self._waiting.is_now(problem)
+            await asyncio.sleep(PACE_S)
 
     async def keep(self, resource: str) -> None:
-        """The loop. Whatever goes wrong in one registration, the next one follows."""
+        """The loop. Whatever goes wrong in one registration, the next one follows. Raises CannotWork."""
         path = self.settings.plugin_dir / "kubelet.sock"
         refused = self._refused[resource] = Trouble()
         failed, failures, drops, cause = None, 0, 0, "start"
         while True:
             try:
-                await self.stay.hold()
-                kubelet = await kubelet_at(path, failed, min(PATIENCE_S, PACE_S * 2**failures), self._absent)
-                if not self.stay.holds():  # the folder was made anew meanwhile, and another instance may have its lock
-                    continue
-                failed, began = kubelet, time.monotonic()
+                failed = kubelet = await self.kubelet(path, failed, min(PATIENCE_S, PACE_S * 2**failures))
+                began = time.monotonic()
                 await self.once(path, kubelet, resource, cause)
                 failed, failures, cause = None, 0, "stream-ended"
                 refused.is_now("")
@@ -1476,9 +1524,11 @@ class Registrar:
                 drops = min(drops + 1, 5) if time.monotonic() - began < 1 else 0
                 await asyncio.sleep(min(0.03, 0.001 * 2**drops) if drops else 0)
                 continue
-            except NoStream:
+            except CannotWork:
+                raise
+            except NoStream as no_stream:
                 cause = "no-stream"
-                problem = f"the kubelet has accepted it, but has ended, or opened no stream within {STREAM_S:.0f} s"
+                problem = f"the kubelet has accepted it, but {no_stream}"
             except grpc.aio.AioRpcError as error:
                 cause = "register-failed"
                 problem = f"the kubelet has not registered it: {error.code().name}: {error.details()}"
@@ -1491,7 +1541,7 @@ class Registrar:
                 problem = repr(error)
                 await asyncio.sleep(PACE_S)
             failures = min(failures + 1, 10)
-            refused.is_now(f"{resource}: {problem}; trying again, for ever")
+            refused.is_now(f"{resource}: {problem}; trying again")
 
     async def once(self, path: Path, kubelet: Identity, resource: str, cause: str) -> None:
         """One registration, from its socket to the end of its stream; `cause`: what ended the last one. Raises AioRpcError,
@@ -1502,8 +1552,10 @@ class Registrar:
             until = time.monotonic() + STREAM_S
             while not plugin.opened.is_set():
                 # A kubelet that ends just now leaves no stream whose end would tell; the next one's socket does.
-                if time.monotonic() > until or not path.exists() or identity_of(path) != kubelet:
-                    raise NoStream
+                if identity_of(path) != kubelet:
+                    raise NoStream("has ended since")
+                if time.monotonic() > until:
+                    raise NoStream(f"opened no stream within {STREAM_S:.0f} s")
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(plugin.opened.wait(), PACE_S)
             cards = self.inventory.snapshot.of(resource).values()
@@ -1610,19 +1662,21 @@ def alive(inventory: Inventory, now: float) -> tuple[bool, str]:
     for what, last in (("the last poll ended", inventory.alive_at), ("the event loop ran last", inventory.watched_at)):
         if now - last > limit:
             return False, f"stuck: {what} {now - last:.0f} s ago. {inventory.trouble.problem}".rstrip()
-    return True, f"ok: the last poll ended {max(0.0, now - inventory.alive_at):.1f} s ago"
+    trouble = inventory.trouble.problem
+    return True, f"ok: the last poll ended {max(0.0, now - inventory.alive_at):.1f} s ago" + (trouble and f"; {trouble}")
 
 
 def ready(snapshot: Snapshot, registrar: Registrar) -> tuple[bool, str]:
     """/readyz: whether there is nothing left to do but wait, in words, a line for each resource."""
-    if registrar.stay.second:
-        return True, registrar.stay.second
     if not snapshot.polled:
         return False, "the first poll has not ended yet"
-    states = registrar.states()
-    missing = {resource: NOT_YET for resource in snapshot.resources if resource not in states}
-    lines = [f"{resource}: {f'not registered: {why}' if why else 'registered'}" for resource, why in (states | missing).items()]
-    return not any((states | missing).values()), "\n".join(sorted(lines)) or "no cards to register: waiting for some to appear"
+    if not snapshot.resources:
+        return True, "no cards to register: waiting for some to appear"
+    if registrar.stay.second:
+        return True, registrar.stay.second
+    states = dict.fromkeys(snapshot.resources, NOT_YET) | registrar.states()
+    lines = [f"{resource}: {f'not registered: {why}' if why else 'registered'}" for resource, why in sorted(states.items())]
+    return not any(states.values()), "\n".join(lines)
 
 
 Sample = tuple[Mapping[str, str], float]
@@ -1642,40 +1696,40 @@ def metrics(inventory: Inventory, registrar: Registrar, now: float) -> str:
     """/metrics. As many series as there are cards and chips; a reading that cannot be is absent. `now` is time.monotonic()."""
     snapshot, pulses, states = inventory.snapshot, inventory.pulses, registrar.states()
     counts = dict(registrar.ledger.counts)
-    cards = [({"card": card.id, "resource": card.resource or "", "kind": card.verdict.kind}, card) for card in snapshot.cards]
+    cards = [({"card": card.id, "resource": card.resource or ""}, card) for card in snapshot.cards]
     by_health = Counter((card.resource, card.verdict.health) for card in snapshot.cards)
     facts: list[Sample] = []
     chips: list[tuple[dict[str, str], Pulse]] = []
     for card in snapshot.cards:
         for chip in card.chips:
             labels = {"card": card.id, "chip": chip.pci}
-            if pulse := pulses.get(chip.pci):
+            pulse = pulses.get(chip.pci)
+            here = pulse is not None and pulse.inode == chip.stamp[0]  # else it is gone, and another one may be in its place
+            if pulse and here:
                 chips.append((labels, pulse))
             fact = {"model": card.model, "arch": chip.arch, "serial": chip.serial, "firmware": chip.firmware}
-            facts.append((labels | fact | {"device_node": f"/dev/tenstorrent/{chip.index}" if chip.index >= 0 else ""}, 1))
+            facts.append((labels | fact | {"device_node": f"/dev/tenstorrent/{chip.index}" if here else ""}, 1))
 
     def counted(metric: str, *labels: str) -> list[Sample]:
         return [(dict(zip(labels, key[1:], strict=True)), value) for key, value in counts.items() if key[0] == metric]
 
     versions = {"version": __version__, "python": sys.version.split()[0], "grpcio": grpc.__version__, "driver": snapshot.driver}
     healths = [(resource, health) for resource in snapshot.resources for health in (HEALTHY, UNHEALTHY)]
+    granted: list[Sample] = [({"resource": resource}, counts.get(("allocations", resource), 0)) for resource in states]
+    fit: list[Sample] = [(labels, card.verdict.health == HEALTHY and card.resource is not None) for labels, card in cards]
+    ages: list[Sample] = [(labels, now - pulse.changed) for labels, pulse in chips if pulse.beat is not None]
     rows: list[tuple[str, str, str, list[Sample]]] = [
         ("info", "gauge", "Versions; always 1.", [(versions, 1)]),
-        ("registered", "gauge", "Whether its stream is open.", [({"resource": r}, not why) for r, why in states.items()]),
-        ("registrations_total", "counter", "By what ended the one before.", counted("registrations", "resource", "cause")),
-        ("allocations_total", "counter", "Allocate calls granted.", counted("allocations", "resource")),
+        ("registered", "gauge", "1 while its stream is open.", [({"resource": r}, not why) for r, why in states.items()]),
+        ("registrations_total", "counter", "By what ended the last one.", counted("registrations", "resource", "cause")),
+        ("allocations_total", "counter", "Containers that have got cards.", granted),
         ("refusals_total", "counter", "Calls refused.", counted("refusals", "resource", "call", "code")),
-        ("cards", "gauge", "Cards that are offered.", [({"resource": r, "health": h}, by_health[r, h]) for r, h in healths]),
-        ("cards_not_offered", "gauge", "--list says why.", [({}, sum(card.resource is None for _, card in cards))]),
-        (
-            *("card_healthy", "gauge", "Whether a card is offered and Healthy; kind says why not."),
-            [(labels, card.verdict.health == HEALTHY and card.resource is not None) for labels, card in cards],
-        ),
+        ("cards", "gauge", "Cards offered.", [({"resource": r, "health": h}, by_health[r, h]) for r, h in healths]),
+        ("cards_not_offered", "gauge", "Cards not offered.", [({}, sum(card.resource is None for _, card in cards))]),
+        ("card_healthy", "gauge", "1 if the card is offered and Healthy.", fit),
+        ("card_verdict", "gauge", "Why; always 1.", [(labels | {"kind": card.verdict.kind}, 1) for labels, card in cards]),
         ("chip_info", "gauge", "Facts of a chip; always 1.", facts),
-        (
-            *("heartbeat_age_seconds", "gauge", "Time since the chip's heartbeat was last seen to change."),
-            [(labels, now - pulse.changed) for labels, pulse in chips if pulse.beat is not None],
-        ),
+        ("heartbeat_age_seconds", "gauge", "Time since the heartbeat was last seen to change.", ages),
         ("junk_readings_total", "counter", "Readings that cannot be.", [(labels, pulse.junk) for labels, pulse in chips]),
         ("polls_total", "counter", "Looks at all chips.", [({}, inventory.polls)]),
         ("poll_seconds_total", "counter", "Time that polls took.", [({}, inventory.polls_s)]),
@@ -1704,7 +1758,7 @@ def process_metrics() -> str:
 
 
 CONNECTIONS = 16
-"""HTTP connections served at once, each for at most 5 s: a kubelet's probes and a few scrapers. More are closed."""
+"""HTTP connections served at once: a kubelet's probes and a few scrapers. One more, and the oldest is closed."""
 
 
 def listen(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool, str]]]) -> tuple[str, int]:
@@ -1718,7 +1772,7 @@ def listen(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool
         def do_GET(self) -> None:
             page, status = pages.get(self.path.partition("?")[0]), HTTPStatus.OK
             try:
-                fine, text = page() if page else (False, f"there is no such page: {', '.join(pages)}")
+                fine, text = page() if page else (False, f"no such page; there are {', '.join(pages)}")
                 status = HTTPStatus.NOT_FOUND if not page else status if fine else HTTPStatus.SERVICE_UNAVAILABLE
             except Exception as error:  # a defect of a page must be seen, in the page and in the log
                 log.exception("%s failed", self.path)
@@ -1737,16 +1791,17 @@ def listen(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool
             log.debug("HTTP %s: " + format, self.address_string(), *args)
 
     class Server(ThreadingHTTPServer):
-        threads = threading.BoundedSemaphore(CONNECTIONS)
-
-        def verify_request(self, request: Any, client_address: Any) -> bool:
-            return self.threads.acquire(blocking=False)
+        served: ClassVar[deque[socket.socket]] = deque()
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
+            self.served.append(request)
+            if len(self.served) > CONNECTIONS:  # a slow client must not keep the kubelet's probe out
+                with contextlib.suppress(OSError):
+                    self.served[0].shutdown(socket.SHUT_RDWR)
             try:
                 super().process_request_thread(request, client_address)
             finally:
-                self.threads.release()
+                self.served.remove(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug("HTTP %s: %r", client_address, sys.exc_info()[1])
@@ -1763,58 +1818,69 @@ def listen(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool
 
 
 class KeptFile:
-    """A file for other tools, kept to what it should say. Written by rename, so that nobody ever reads half of it."""
+    """A file for other tools, kept to what it should say. Written by rename, so that nobody ever reads half of it.
+
+    In a thread of its own: a write that hangs holds up neither polls nor the end of this process.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._text = ""
-        self._written: tuple[int, int, int] | None = None  # device, inode and time of what this process has written
+        self._said: str | None = None  # what the file says; None: not known yet, a killed instance may have left one
+        self._identity: Identity | None = None  # of the file that this process has written
         self._trouble = Trouble()
-        self._ended = False
-        self._lock = threading.Lock()  # the polling thread keeps it, the event loop ends it
+        self._wanted: queue.Queue[str | None] = queue.Queue(1)  # None: remove it, and end
+        self._done = threading.Event()  # with the newest text
+        self._thread = threading.Thread(target=self._run, name=path.name, daemon=True)
+        self._thread.start()
 
-    @property
-    def current(self) -> bool:
-        """Whether the file is there, and is the one that this process wrote last."""
+    def keep(self, text: str) -> None:
+        """Makes the file say `text`; "" is no file. To be called at each poll: what fails or takes long is tried again."""
+        self._done.clear()
+        with contextlib.suppress(queue.Full):  # the last one has not been written yet
+            self._wanted.put_nowait(text)
+            self._done.wait(0.1)
+
+    def end(self) -> None:
+        """Removes the file, if it is ours: another instance may have taken it over. Waits for that for 0.5 s at most."""
+        with contextlib.suppress(queue.Full):
+            self._wanted.put(None, timeout=0.5)
+            self._thread.join(0.5)
+
+    def says(self, text: str) -> bool:
+        """Whether the file is the one that this process has written last, with `text` in it."""
         try:
-            return self._written is not None and self._identity(os.stat(self.path)) == self._written
+            return text in (self._said or "") and identity_of(self.path) == self._identity
         except OSError:
             return False
 
-    def keep(self, text: str) -> None:
-        """Makes the file say `text`, or removes it if that is "". To be called at each poll: what fails is tried again."""
-        with self._lock:
-            if self._ended or (text == self._text and (not text or self.current)):
-                return
+    def _run(self) -> None:
+        while (text := self._wanted.get()) is not None:
             try:
-                if text:
-                    self._write(text)
-                elif self.current:  # else it is not ours: another instance may have taken it over
-                    os.unlink(self.path)
-                self._text = text
-                self._trouble.is_now("", f"{self.path} is written again")
+                self._put(text)
+                self._trouble.is_now("", f"{self.path} is kept again")
             except OSError as error:
                 self._trouble.is_now(f"cannot keep {self.path}: {error.strerror}; trying again")
+            self._done.set()
+        with contextlib.suppress(OSError):
+            if self._said and self.says(""):
+                self.path.unlink()
 
-    def end(self) -> None:
-        """Removes the file, if it is ours, for good."""
-        self.keep("")
-        self._ended = True
-
-    def _write(self, text: str) -> None:
-        folder = self.path.parent
-        if not folder.is_dir():
-            folder.mkdir()
-            folder.chmod(0o755)
-        new = folder / f".{self.path.name}.new"  # not .json: CDI runtimes also read files whose names begin with a dot
-        new.write_text(text)
-        new.chmod(0o644)
-        self._written = self._identity(os.stat(new))
-        os.replace(new, self.path)
-
-    @staticmethod
-    def _identity(status: os.stat_result) -> tuple[int, int, int]:
-        return (status.st_dev, status.st_ino, status.st_mtime_ns)
+    def _put(self, text: str) -> None:
+        if text == self._said and (not text or self.says("")):
+            return
+        if text:
+            folder = self.path.parent
+            if not folder.is_dir():
+                folder.mkdir()
+                folder.chmod(0o755)
+            new = folder / f".{self.path.name}.new"  # not .json: CDI runtimes also read files whose names begin with a dot
+            new.write_text(text)
+            new.chmod(0o644)
+            self._identity = identity_of(new)
+            os.replace(new, self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+        self._said = text
 
 
 CDI_KIND = "tenstorrent.com/card"
@@ -1909,10 +1975,6 @@ FAKE_TRAYS = {"galaxy-wormhole": (0xC0, 0x80, 0x00, 0x40), "galaxy-blackhole": (
 """Galaxy -> the bus numbers at which its trays 1 to 4 begin (tt-smi constants.py)."""
 
 FAKE_CHIPS = 200
-
-
-class CannotWork(Exception):
-    """There is no use in starting: the text says which folder, which user, and what to do."""
 
 
 def fake_spec(text: str) -> dict[str, int]:
@@ -2113,27 +2175,10 @@ def temporary_folder(prefix: str) -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_access(plugin_dir: Path) -> None:
-    """Raises CannotWork if this process may not make sockets in the kubelet's folder. One that is not there is fine."""
-    uid = os.geteuid()
-    try:
-        status = os.stat(plugin_dir)
-        if os.access(plugin_dir, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
-            return
-        problem = f"it belongs to uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}, or is mounted read-only"
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        problem = str(error.strerror)
-    raise CannotWork(
-        f"uid {uid} cannot make sockets in {plugin_dir}: {problem}. The kubelet makes this folder for root alone: run the "
-        "plugin as uid 0 (it needs no capabilities), with the folder mounted for writing"
-    )
-
-
 async def serve(settings: Settings, stop: asyncio.Event | None = None) -> int:
     """Serves until SIGTERM, SIGINT or `stop`. Raises CannotWork."""
-    check_access(settings.plugin_dir)
+    if problem := no_access(settings.plugin_dir):
+        raise CannotWork(problem)
     loop = asyncio.get_running_loop()
     stop = stop or asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -2145,6 +2190,8 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> int:
 
     def polled(old: Snapshot, new: Snapshot) -> None:
         changed = new.cards != old.cards or not old.polled
+        if not old.polled:
+            introduce(settings, new)
         if changed and cdi:
             texts[cdi] = cdi_spec(settings, new)
         if changed and labels:
@@ -2152,8 +2199,6 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> int:
         if not registrar.stay.second:  # two instances would overwrite each other's files
             for file, text in texts.items():
                 file.keep(text)
-        if not old.polled:
-            introduce(settings, new)
         if changed:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
                 loop.call_soon_threadsafe(bell.ring)
@@ -2305,10 +2350,11 @@ async def dry_run(settings: Settings) -> int:
     settings.plugin_dir.mkdir()
     server, kubelet = grpc.aio.server(), DryRunKubelet()
     rpc.add_RegistrationServicer_to_server(kubelet, server)
-    server.add_insecure_port(unix_target(settings.plugin_dir / "kubelet.sock"))
-    await server.start()
     plugin = None
     try:
+        step = "0. the embedded kubelet"
+        server.add_insecure_port(unix_target(settings.plugin_dir / "kubelet.sock"))
+        await server.start()
         step = say("1. Discover", f"the cards under {settings.sysfs_root}")
         snapshot = await take_stock(settings)
         print_list(snapshot, False)
@@ -2322,7 +2368,7 @@ async def dry_run(settings: Settings) -> int:
             async with grpc.aio.insecure_channel(unix_target(settings.plugin_dir / request.endpoint)) as channel:
                 async for began in dry_run_resource(rpc.DevicePluginStub(channel), request):
                     step = began
-    except (CannotWork, grpc.aio.AioRpcError, asyncio.TimeoutError) as error:
+    except (CannotWork, grpc.aio.AioRpcError, asyncio.TimeoutError, RuntimeError) as error:
         problem = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
         print(f"\nFAILED: step {step}: {problem or 'no answer in time'}")
         return 1
