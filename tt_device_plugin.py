@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import logging
@@ -953,7 +954,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, ...]] = Counter()  # (metric, label values ...) -> how often
-        self.allocated: dict[str, list[str]] = {}  # card given out by number, not by link -> its device nodes then
+        self.allocated: dict[str, list[str]] = {}  # card -> the host paths that it was given out by
         self.cdi: KeptFile | None = None  # see cdi_spec
 
 
@@ -968,11 +969,9 @@ def listing(snapshot: Snapshot, resource: str) -> api.ListAndWatchResponse:
     fallback = snapshot.numa_nodes if any(card.numa_nodes for card in cards) else ()
     devices = []
     for card in cards:
-        device = api.Device(ID=card.id, health=card.verdict.health)
-        device.topology.nodes.extend(api.NUMANode(ID=node) for node in card.numa_nodes or fallback)
-        if not device.topology.nodes:
-            device.ClearField("topology")
-        devices.append(device)
+        nodes = [api.NUMANode(ID=node) for node in card.numa_nodes or fallback]
+        topology = api.TopologyInfo(nodes=nodes) if nodes else None
+        devices.append(api.Device(ID=card.id, health=card.verdict.health, topology=topology))
     return api.ListAndWatchResponse(devices=devices)
 
 
@@ -1015,11 +1014,7 @@ def host_path(settings: Settings, card: Card, chip: Chip) -> str:
     if settings.fake:
         return os.devnull
     by_id = f"tenstorrent/by-id/{chip.id}"
-    if is_device_node(f"{settings.dev_root}/{by_id}", chip.dev):
-        return f"/dev/{by_id}"
-    if os.path.exists(f"{settings.dev_root}/{by_id}"):  # and a container that was given this link would get that one
-        raise unfit(card, f"/dev/{by_id} leads to another device: udev is not done yet; try again")
-    return f"/dev/{node}"
+    return f"/dev/{by_id if is_device_node(f'{settings.dev_root}/{by_id}', chip.dev) else node}"
 
 
 def wants_hugepages(settings: Settings, cards: Iterable[Card]) -> bool:
@@ -1085,11 +1080,12 @@ def branch(card: Card) -> tuple[str, ...]:
 
 
 Cost = tuple[int, ...]
+Choices = dict[int, tuple[Cost, tuple[int, ...]]]  # how many -> the cheapest choice of so many
 
 
 def choices(
     paths: Sequence[tuple[str, ...]], required: set[int], members: list[int], level: int, depth: int
-) -> dict[int, tuple[Cost, tuple[int, ...]]]:
+) -> Choices:
     """For each possible count: the cheapest choice of so many of `members`, which share the first `level` parts.
 
     A cost is a vector, compared from the left: groups touched at level 1, 2, ..., positions skipped, and the negative
@@ -1102,11 +1098,11 @@ def choices(
     groups: dict[str, list[int]] = {}
     for i in members:
         groups.setdefault(paths[i][level], []).append(i)
-    total: dict[int, tuple[Cost, tuple[int, ...]]] = {0: (zero, ())}
+    total: Choices = {0: (zero, ())}
     for inside in groups.values():
         within = neighbours if paths[inside[0]][level].startswith("tray") else choices
         part = within(paths, required, inside, level + 1, depth)
-        merged: dict[int, tuple[Cost, tuple[int, ...]]] = {}
+        merged: Choices = {}
         for (have, (cost, chosen)), (count, (extra, more)) in itertools.product(total.items(), part.items()):
             here = list(extra)
             here[level] += count > 0
@@ -1120,9 +1116,9 @@ def choices(
 
 def neighbours(
     paths: Sequence[tuple[str, ...]], required: set[int], members: list[int], level: int, depth: int
-) -> dict[int, tuple[Cost, tuple[int, ...]]]:
+) -> Choices:
     """`choices` on one Galaxy tray, where each level below holds one card: all subsets of the eight, by skipped positions."""
-    best: dict[int, tuple[Cost, tuple[int, ...]]] = {}
+    best: Choices = {}
     must = required & set(members)
     below = depth - level
     for count in range(len(members) + 1):
@@ -1134,6 +1130,21 @@ def neighbours(
                 cost = (0,) * level + (count,) * below + (skipped,) + (0,) * level + (free,) * below
                 best[count] = min(best.get(count, (cost, chosen)), (cost, chosen))
     return best
+
+
+def decided(call: Callable[[Any, Any], Answer]) -> Callable[[Any, Any, Context], Coroutine[Any, Any, Answer]]:
+    """A method that answers at once, as a gRPC call: its Refusal becomes a status, and is logged and counted."""
+
+    @functools.wraps(call)
+    async def answer(self: DevicePlugin, request: Any, context: Context) -> Answer:
+        try:
+            return call(self, request)
+        except Refusal as refusal:
+            self.ledger.counts["refusals", self.resource, call.__name__, refusal.code.name] += 1
+            log.warning("%s of %s refused: %s", call.__name__, self.resource, refusal, extra={"resource": self.resource})
+            return await context.abort(refusal.code, str(refusal))
+
+    return answer
 
 
 class DevicePlugin(rpc.DevicePluginServicer):
@@ -1179,73 +1190,49 @@ class DevicePlugin(rpc.DevicePluginServicer):
             if first:
                 self.ended.set()
 
-    async def GetPreferredAllocation(
-        self, request: api.PreferredAllocationRequest, context: Context
-    ) -> api.PreferredAllocationResponse:
+    @decided
+    def GetPreferredAllocation(self, request: api.PreferredAllocationRequest) -> api.PreferredAllocationResponse:
         """See prefer()."""
+        cards = self.inventory.snapshot.of(self.resource)
+        answer = api.PreferredAllocationResponse()
+        for one in request.container_requests:
+            ids = prefer(cards, one.available_deviceIDs, one.must_include_deviceIDs, one.allocation_size)
+            answer.container_responses.add(deviceIDs=ids)
+        return answer
 
-        def choose() -> api.PreferredAllocationResponse:
-            cards = self.inventory.snapshot.of(self.resource)
-            answer = api.PreferredAllocationResponse()
-            for one in request.container_requests:
-                ids = prefer(cards, one.available_deviceIDs, one.must_include_deviceIDs, one.allocation_size)
-                answer.container_responses.add(deviceIDs=ids)
-            return answer
-
-        return await self._answer(context, "GetPreferredAllocation", choose)
-
-    async def Allocate(self, request: api.AllocateRequest, context: Context) -> api.AllocateResponse:
+    @decided
+    def Allocate(self, request: api.AllocateRequest) -> api.AllocateResponse:
         """See grant(). All or nothing: one card that is refused refuses the request."""
+        snapshot = self.inventory.snapshot
+        containers = [list(one.devices_ids) for one in request.container_requests]
+        pick(snapshot, self.resource, list(itertools.chain.from_iterable(containers)))  # no card for two of them
+        granted = [pick(snapshot, self.resource, ids) for ids in containers]
+        answer = api.AllocateResponse()
+        answer.container_responses.extend(grant(self.inventory.settings, self.resource, cards) for cards in granted)
+        for cards, got in zip(granted, answer.container_responses, strict=True):  # nothing is refused from here on
+            # A CDI name that leads nowhere would stop the container; the device nodes are there in any case.
+            if self.ledger.cdi is not None and all(self.ledger.cdi.says(f'"{card.id}"') for card in cards):
+                got.cdi_devices.extend(api.CDIDevice(name=f"{CDI_KIND}={card.id}") for card in cards)
+            given = iter(got.devices)
+            for card in cards:
+                paths = [next(given).host_path for _ in card.chips]
+                # By CDI the chip would have its number of the container's start, by the link's device node that of now.
+                self.ledger.allocated[card.id] = card.device_nodes if got.cdi_devices else paths
+            self.ledger.counts["allocations", self.resource] += 1
+            log.info("allocated %s", ", ".join(map(str, cards)), extra={"resource": self.resource})
+        return answer
 
-        def allocate() -> api.AllocateResponse:
-            snapshot = self.inventory.snapshot
-            containers = [list(one.devices_ids) for one in request.container_requests]
-            pick(snapshot, self.resource, list(itertools.chain.from_iterable(containers)))  # no card for two of them
-            answer = api.AllocateResponse()
-            granted = [pick(snapshot, self.resource, ids) for ids in containers]
-            answer.container_responses.extend(grant(self.inventory.settings, self.resource, cards) for cards in granted)
-            for cards, got in zip(granted, answer.container_responses, strict=True):  # nothing is refused from here on
-                # A CDI name that leads nowhere would stop the container; the device nodes are there in any case.
-                if self.ledger.cdi is not None and all(self.ledger.cdi.says(f'"{card.id}"') for card in cards):
-                    got.cdi_devices.extend(api.CDIDevice(name=f"{CDI_KIND}={card.id}") for card in cards)
-                # A CDI device node has its number of the container's start, the link's path inside that of now.
-                by_number = got.cdi_devices or any("/by-id/" not in device.host_path for device in got.devices)
-                for card in cards:
-                    self.ledger.allocated.pop(card.id, None)
-                    if by_number:
-                        self.ledger.allocated[card.id] = card.device_nodes
-                self.ledger.counts["allocations", self.resource] += 1
-                log.info("allocated %s", ", ".join(map(str, cards)), extra={"resource": self.resource})
-            return answer
-
-        return await self._answer(context, "Allocate", allocate)
-
-    async def PreStartContainer(
-        self, request: api.PreStartContainerRequest, context: Context
-    ) -> api.PreStartContainerResponse:
+    @decided
+    def PreStartContainer(self, request: api.PreStartContainerRequest) -> api.PreStartContainerResponse:
         """Refuses a card that is not healthy, or whose device node the container's stored answer no longer names."""
-
-        def check() -> api.PreStartContainerResponse:
-            for card in pick(self.inventory.snapshot, self.resource, request.devices_ids):
-                require_healthy(card)
-                for chip in card.chips:
-                    host_path(self.inventory.settings, card, chip)
-                then = self.ledger.allocated.get(card.id, card.device_nodes)
-                if then != card.device_nodes:
-                    raise unfit(card, f"it was {', '.join(then)} when this Pod was admitted: delete the Pod, so that a new one "
-                                      "gets the right device (/dev/tenstorrent/by-id on the host avoids this)")  # fmt: skip
-            return api.PreStartContainerResponse()
-
-        return await self._answer(context, "PreStartContainer", check)
-
-    async def _answer(self, context: Context, call: str, decide: Callable[[], Answer]) -> Answer:
-        """`decide()`, its Refusal turned into a status, and logged: the kubelet shows it in the Pod's event only."""
-        try:
-            return decide()
-        except Refusal as refusal:
-            self.ledger.counts["refusals", self.resource, call, refusal.code.name] += 1
-            log.warning("%s of %s refused: %s", call, self.resource, refusal, extra={"resource": self.resource})
-            return await context.abort(refusal.code, str(refusal))
+        for card in pick(self.inventory.snapshot, self.resource, request.devices_ids):
+            require_healthy(card)
+            now = [host_path(self.inventory.settings, card, chip) for chip in card.chips]
+            then = self.ledger.allocated.get(card.id, now)
+            if then not in (now, card.device_nodes):
+                raise unfit(card, f"it was {', '.join(then)} when this Pod was admitted: delete the Pod, so that a new one "
+                                  "gets the right device (/dev/tenstorrent/by-id on the host avoids this)")  # fmt: skip
+        return api.PreStartContainerResponse()
 
 
 # ======================================================================================================================
@@ -1680,20 +1667,25 @@ def ready(snapshot: Snapshot, registrar: Registrar) -> tuple[bool, str]:
 
 
 Sample = tuple[Mapping[str, str], float]
+Metric = tuple[str, str, list[Sample]]  # name, what it is, and a value for each set of labels; one named _total is a counter
 
 
-def family(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
-    """One metric in Prometheus' text format, version 0.0.4; "" without samples."""
-    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+def exposition(metrics: Iterable[Metric]) -> str:
+    """Metrics in Prometheus' text format, version 0.0.4; those without a sample are left out."""
     escape = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    for labels, value in samples:
-        inside = ",".join(f'{key}="{label.translate(escape)}"' for key, label in labels.items())
-        lines.append(f"{name}{{{inside}}} {float(value)}" if inside else f"{name} {float(value)}")
-    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
+    lines = []
+    for name, text, samples in metrics:
+        if samples:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"]
+        for labels, value in samples:
+            inside = ",".join(f'{key}="{label.translate(escape)}"' for key, label in labels.items())
+            lines.append(f"{name}{{{inside}}} {float(value)}" if inside else f"{name} {float(value)}")
+    return "\n".join([*lines, ""])
 
 
-def metrics(inventory: Inventory, registrar: Registrar, now: float) -> str:
-    """/metrics. As many series as there are cards and chips; a reading that cannot be is absent. `now` is time.monotonic()."""
+def metrics(inventory: Inventory, registrar: Registrar, now: float) -> list[Metric]:
+    """What there is to say of cards and chips, a series for each; a reading that cannot be is absent. `now` is
+    time.monotonic()."""
     snapshot, pulses, states = inventory.snapshot, inventory.pulses, registrar.states()
     counts = dict(registrar.ledger.counts)
     cards = [({"card": card.id, "resource": card.resource or ""}, card) for card in snapshot.cards]
@@ -1718,43 +1710,39 @@ def metrics(inventory: Inventory, registrar: Registrar, now: float) -> str:
     granted: list[Sample] = [({"resource": resource}, counts.get(("allocations", resource), 0)) for resource in states]
     fit: list[Sample] = [(labels, card.verdict.health == HEALTHY and card.resource is not None) for labels, card in cards]
     ages: list[Sample] = [(labels, now - pulse.changed) for labels, pulse in chips if pulse.beat is not None]
-    rows: list[tuple[str, str, str, list[Sample]]] = [
-        ("info", "gauge", "Versions; always 1.", [(versions, 1)]),
-        ("registered", "gauge", "1 while its stream is open.", [({"resource": r}, not why) for r, why in states.items()]),
-        ("registrations_total", "counter", "By what ended the last one.", counted("registrations", "resource", "cause")),
-        ("allocations_total", "counter", "Containers that have got cards.", granted),
-        ("refusals_total", "counter", "Calls refused.", counted("refusals", "resource", "call", "code")),
-        ("cards", "gauge", "Cards offered.", [({"resource": r, "health": h}, by_health[r, h]) for r, h in healths]),
-        ("cards_not_offered", "gauge", "Cards not offered.", [({}, sum(card.resource is None for _, card in cards))]),
-        ("card_healthy", "gauge", "1 if the card is offered and Healthy.", fit),
-        ("card_verdict", "gauge", "Why; always 1.", [(labels | {"kind": card.verdict.kind}, 1) for labels, card in cards]),
-        ("chip_info", "gauge", "Facts of a chip; always 1.", facts),
-        ("heartbeat_age_seconds", "gauge", "Time since the heartbeat was last seen to change.", ages),
-        ("junk_readings_total", "counter", "Readings that cannot be.", [(labels, pulse.junk) for labels, pulse in chips]),
-        ("polls_total", "counter", "Looks at all chips.", [({}, inventory.polls)]),
-        ("poll_seconds_total", "counter", "Time that polls took.", [({}, inventory.polls_s)]),
+    rows: list[Metric] = [
+        ("info", "Versions; always 1.", [(versions, 1)]),
+        ("registered", "1 while its stream is open.", [({"resource": r}, not why) for r, why in states.items()]),
+        ("registrations_total", "By what ended the last one.", counted("registrations", "resource", "cause")),
+        ("allocations_total", "Containers that have got cards.", granted),
+        ("refusals_total", "Calls refused.", counted("refusals", "resource", "call", "code")),
+        ("cards", "Cards offered.", [({"resource": r, "health": h}, by_health[r, h]) for r, h in healths]),
+        ("cards_not_offered", "Cards not offered.", [({}, sum(card.resource is None for _, card in cards))]),
+        ("card_healthy", "1 if the card is offered and Healthy.", fit),
+        ("card_verdict", "Why; always 1.", [(labels | {"kind": card.verdict.kind}, 1) for labels, card in cards]),
+        ("chip_info", "Facts of a chip; always 1.", facts),
+        ("heartbeat_age_seconds", "Time since the heartbeat was last seen to change.", ages),
+        ("junk_readings_total", "Readings that cannot be.", [(labels, pulse.junk) for labels, pulse in chips]),
+        ("polls_total", "Looks at all chips.", [({}, inventory.polls)]),
+        ("poll_seconds_total", "Time that polls took.", [({}, inventory.polls_s)]),
     ]
-    text = [family("tt_device_plugin_" + name, kind, what, samples) for name, kind, what, samples in rows]
+    rows = [("tt_device_plugin_" + name, text, samples) for name, text, samples in rows]
     for name, sensor in SENSORS.items():
-        kind = "counter" if sensor.metric.endswith("_total") else "gauge"
-        readings = [(labels, pulse.readings[name] / sensor.scale) for labels, pulse in chips if name in pulse.readings]
-        text.append(family(sensor.metric, kind, sensor.help, readings))
-    return "".join(text)
+        fed = [(labels, pulse.readings[name]) for labels, pulse in chips if name in pulse.readings]
+        rows.append((sensor.metric, sensor.help, [(labels, value / sensor.scale) for labels, value in fed]))
+    return rows
 
 
-def process_metrics() -> str:
+def process_metrics() -> list[Metric]:
     """What Prometheus' client libraries say of their process, by the same names."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return "".join(
-        family(name, kind, text, [({}, value)])
-        for name, kind, text, value in (
-            ("process_cpu_seconds_total", "counter", "CPU time, user and system.", time.process_time()),
-            ("process_resident_memory_bytes", "gauge", "Resident memory.", pages * getpagesize()),
-            ("process_open_fds", "gauge", "Open file descriptors.", len(os.listdir("/proc/self/fd"))),
-            ("process_max_fds", "gauge", "Limit of open file descriptors.", getrlimit(RLIMIT_NOFILE)[0]),
-            ("process_start_time_seconds", "gauge", "When the process started, Unix time.", STARTED),
-        )
-    )
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
+    return [
+        ("process_cpu_seconds_total", "CPU time, user and system.", [({}, time.process_time())]),
+        ("process_resident_memory_bytes", "Resident memory.", [({}, resident)]),
+        ("process_open_fds", "Open file descriptors.", [({}, len(os.listdir("/proc/self/fd")))]),
+        ("process_max_fds", "Limit of open file descriptors.", [({}, getrlimit(RLIMIT_NOFILE)[0])]),
+        ("process_start_time_seconds", "When the process started, Unix time.", [({}, STARTED)]),
+    ]
 
 
 CONNECTIONS = 16
@@ -2240,7 +2228,7 @@ async def open_pages(inventory: Inventory, registrar: Registrar) -> None:
     pages = {
         "/healthz": lambda: alive(inventory, time.monotonic()),
         "/readyz": lambda: ready(inventory.snapshot, registrar),
-        "/metrics": lambda: (True, metrics(inventory, registrar, time.monotonic()) + process_metrics()),
+        "/metrics": lambda: (True, exposition(metrics(inventory, registrar, time.monotonic()) + process_metrics())),
     }
     wanted, trouble = inventory.settings.listen, Trouble()
     while wanted is not None:
