@@ -4341,6 +4341,29 @@ def test_pages_while_a_read_hangs(kubelet: Kubelet, four: Tree, beating: Beating
 
 
 @module_only
+def test_host_file_hangs_at_the_start(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """A file of the host, not of a chip, hangs: the cards are served all the same, and its facts are there once it answers."""
+    version = four.sys / "module/tenstorrent/version"
+    version.unlink()
+    os.mkfifo(version)
+    pipe = os.open(version, os.O_RDWR)
+    kubelet.start()
+    plugin = launch(four, kubelet, "--listen=127.0.0.1:0")
+    kubelet.wait_status(R150, 4, 4, timeout=10)
+    assert 'driver=""' in page(plugin, "/metrics")[1]
+    version.unlink()
+    version.write_text("2.10.0\n")
+    os.write(pipe, b"old\n")
+    os.close(pipe)
+    mark = kubelet.log.mark()
+    four.remove(N150[0].bdf)  # two polls later at the most
+    kubelet.wait_health(R150, N150[0].id, "Unhealthy", after=mark)
+    four.add(N150[0])
+    kubelet.wait_health(R150, N150[0].id, "Healthy", after=mark)
+    assert 'driver="2.10.0"' in page(plugin, "/metrics")[1]
+
+
+@module_only
 def test_pages_under_bad_clients(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """Clients that say nothing, or nonsense, hold up neither the kubelet nor the next client for long."""
     kubelet.start()

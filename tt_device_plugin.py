@@ -780,22 +780,21 @@ class Inventory:
         if sensors:
             self._sensed = now
         sightings, seen = self._look(self._seen or {}, sensors)
-        host, functions = replace(last, polled=True), self._functions
+        host, functions, host_read = replace(last, polled=True), self._functions, self._host_read
         there = {sighting.chip.pci for sighting in sightings}
         bare = any(chip.pci not in there for chip in functions)  # such a one may go, or change its driver, at any time
-        if (seen != self._seen or bare or not self._host_read) and HOST not in self._stuck:
+        if (seen != self._seen or bare or not host_read) and HOST not in self._stuck:
             with self._watched(HOST):
                 driver = attribute(sysfs / "module/tenstorrent/version", re.compile(r"[\w.+~-]{1,40}"))
                 host = replace(host, numa_nodes=host_numa_nodes(sysfs), driver=driver)
-                functions = bare_functions(sysfs)
-            self._host_read = True
+                functions, host_read = bare_functions(sysfs), True
         sightings += [Sighting(chip, Signs(fault="no-driver")) for chip in functions if chip.pci not in there]
         new, pulses = assess(host, self.pulses, sightings, self.settings, now, time.time())
         with self._lock:
             if self._thread not in (None, threading.current_thread()):
                 return  # the watchdog has replaced this thread: what it has read is out of date
-            before = self.pulses
-            self.snapshot, self._seen, self.pulses, self._functions = new, seen, pulses, functions
+            before, self.snapshot, self.pulses = self.pulses, new, pulses
+            self._seen, self._functions, self._host_read = seen, functions, host_read
         self.alive_at = time.monotonic()
         self.polls, self.polls_s = self.polls + 1, self.polls_s + self.alive_at - now
         self._polled(last, new)
@@ -1205,7 +1204,8 @@ class DevicePlugin(rpc.DevicePluginServicer):
         """See grant(). All or nothing: one card that is refused refuses the request."""
         snapshot = self.inventory.snapshot
         containers = [list(one.devices_ids) for one in request.container_requests]
-        pick(snapshot, self.resource, list(itertools.chain.from_iterable(containers)))  # no card for two of them
+        if len(containers) != 1:
+            pick(snapshot, self.resource, list(itertools.chain.from_iterable(containers)))  # no card for two of them
         granted = [pick(snapshot, self.resource, ids) for ids in containers]
         answer = api.AllocateResponse()
         answer.container_responses.extend(grant(self.inventory.settings, self.resource, cards) for cards in granted)
@@ -1219,7 +1219,9 @@ class DevicePlugin(rpc.DevicePluginServicer):
                 # By CDI the chip would have its number of the container's start, by the link's device node that of now.
                 self.ledger.allocated[card.id] = card.device_nodes if got.cdi_devices else paths
             self.ledger.counts["allocations", self.resource] += 1
-            log.info("allocated %s", ", ".join(map(str, cards)), extra={"resource": self.resource})
+            # Once the answer is on its way: the kubelet admits no other Pod meanwhile, and writing a line takes its time.
+            line = functools.partial(log.info, "allocated %s", ", ".join(map(str, cards)), extra={"resource": self.resource})
+            asyncio.get_running_loop().call_soon(line)
         return answer
 
     @decided
@@ -1571,8 +1573,8 @@ async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
 # ======================================================================================================================
 # 6. Operations: the log; /healthz, /readyz and /metrics; files for other tools (CDI, node labels)
 #
-# None of it is in the way of sections 1 to 5: HTTP has threads of its own, files are written by the polling thread, and what
-# fails here is said in the log and tried again, while the cards go on being served.
+# None of it is in the way of sections 1 to 5: HTTP and each file have threads of their own, and what fails here is said in the
+# log and tried again, while the cards go on being served.
 # ======================================================================================================================
 
 COLOURS = {"ERROR": "31", "WARNING": "33", UNHEALTHY: "31", PENDING: "33", HEALTHY: "32"}
@@ -1627,6 +1629,7 @@ def set_up_logging(style: str, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter(on_terminal(sys.stderr)))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # nobody shows them; a line costs less
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("grpc._cython.cygrpc").addFilter(in_one_line)
 
