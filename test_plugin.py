@@ -3819,6 +3819,24 @@ def test_folder_made_anew_under_a_waiting_holder(kubelet: Kubelet, four: Tree, p
     assert len(kubelet.seen("register", after=mark)) == 1
 
 
+@module_only
+def test_folder_deleted_on_the_host(room: Path, four: Tree, kubelet: Kubelet, launch: Launch) -> None:
+    """In a container, whose mount goes on showing the deleted folder: exit code 1, so that a new container sees the new one."""
+    (room / "host").mkdir()
+    kubelet.root.mkdir()
+    fd = os.open(room / "host", os.O_RDONLY)
+    try:
+        kubelet.folder.symlink_to(f"/proc/{os.getpid()}/fd/{fd}")  # like a mount, it leads to the folder, not to its name
+        plugin = launch(four, kubelet)
+        plugin.wait_for_line("no kubelet listens")
+        (room / "host").rmdir()
+        plugin.reader.join(5)
+        assert plugin.process.returncode == 1
+        assert "was deleted on the host" in plugin.lines()[-1]
+    finally:
+        os.close(fd)
+
+
 @pytest.mark.parametrize(
     "order", ["the old one ends", "the old one drops its stream", "the new one is late", "the new one ends"]
 )
@@ -4549,7 +4567,7 @@ def cdi_devices(path: Path) -> dict[str, list[str]]:
 
 @module_only
 def test_cdi(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
-    """One specification: each card by ID and number, and all; in step with what is there; gone after the end (story 24)."""
+    """One specification: each card by ID and number, and all; in step with what is there (stories 23, 24)."""
     kubelet.start()
     folder = kubelet.root / "cdi"
     plugin = launch(four, kubelet, "--cdi-dir", str(folder))
