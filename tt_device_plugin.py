@@ -1504,7 +1504,7 @@ class Registrar:
         failed, failures, drops, cause = None, 0, 0, "start"
         while True:
             try:
-                failed = kubelet = await self.kubelet(path, failed, min(PATIENCE_S, PACE_S * 2**failures))
+                failed = kubelet = await self.kubelet(path, failed, min(PATIENCE_S, PACE_S * 2 ** (failures - 1)))
                 began = time.monotonic()
                 await self.once(path, kubelet, resource, cause)
                 failed, failures, cause = None, 0, "stream-ended"
