@@ -1257,7 +1257,7 @@ STREAM_S = 5.0
 """How soon after Register the kubelet must open its stream."""
 
 PATIENCE_S = 5.0
-"""How long to leave a kubelet alone that has failed a registration, at most; the first time PACE_S, then doubled."""
+"""How long to leave a kubelet alone that has failed a registration, at most; the first time twice PACE_S, then doubled."""
 
 STOP_S = 0.2
 """Grace for calls under way when a server stops; its streams end by themselves."""
@@ -1504,7 +1504,7 @@ class Registrar:
         failed, failures, drops, cause = None, 0, 0, "start"
         while True:
             try:
-                failed = kubelet = await self.kubelet(path, failed, min(PATIENCE_S, PACE_S * 2 ** (failures - 1)))
+                failed = kubelet = await self.kubelet(path, failed, min(PATIENCE_S, PACE_S * 2**failures))
                 began = time.monotonic()
                 await self.once(path, kubelet, resource, cause)
                 failed, failures, cause = None, 0, "stream-ended"
