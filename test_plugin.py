@@ -846,6 +846,10 @@ class Kubelet:
         self.process.wait()  # no time limit here: with one, Popen polls
         self.process = None
 
+    def delete_folder(self) -> None:
+        """The folder device-plugins goes, with all in it: all at once, as a plugin may remove its socket meanwhile."""
+        shutil.rmtree(self.folder.rename(self.folder.with_name("deleted")))
+
     def pause(self) -> None:
         """SIGSTOP: the streams stay open, nobody reads them."""
         assert self.process
@@ -2437,7 +2441,7 @@ def test_kubelet_start_clears_sockets(kubelet: Kubelet) -> None:
     assert inode == (kubelet.folder / "kubelet.sock").stat().st_ino, "one and the same socket, bound and then listening"
     assert sorted(path.name for path in kubelet.folder.iterdir()) == ["keep", "kubelet.sock", "subfolder"]
     kubelet.kill()
-    shutil.rmtree(kubelet.folder)
+    kubelet.delete_folder()
     kubelet.start()
     assert stat.S_IMODE(kubelet.folder.stat().st_mode) == 0o750 & ~current_umask()
 
@@ -2678,7 +2682,7 @@ RESTARTS = 20
 OPTIONS = {"pre_start_required": True, "get_preferred_allocation_available": True}
 STANDING_BY = r"stand(s|ing)? by"
 
-long_only = pytest.mark.skipif(not LONG, reason="waits for long: ./build.sh test --long")
+long_only = pytest.mark.skipif(not LONG, reason="takes long: ./build.sh test --long")
 module_only = pytest.mark.parametrize("command", ["module"], indirect=True)  # for what packing cannot change
 
 
@@ -2825,7 +2829,7 @@ def test_sigterm(kubelet: Kubelet, four: Tree, launch: Launch, state: str) -> No
         kubelet.kill()
         plugin.wait_for_line("ended", after=lines)
     elif state == "folder gone":
-        shutil.rmtree(kubelet.folder)
+        kubelet.delete_folder()
     code, seconds = plugin.end(signal.SIGTERM)
     assert code == 0, plugin.lines()
     quick(seconds, TERM_S, "SIGTERM to the end")
@@ -3797,7 +3801,7 @@ def test_folder_made_anew(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: 
     for _ in range(3):
         mark = kubelet.log.mark()
         kubelet.kill()
-        shutil.rmtree(kubelet.folder.rename(kubelet.folder.with_name("deleted")))  # by and by, as the plugin also removes files
+        kubelet.delete_folder()
         kubelet.start()
         kubelet.wait_status(R150, 4, 4, after=mark)
         kubelet.log.never(lambda event: True, 0.5, kubelet.log.mark())
@@ -3811,7 +3815,7 @@ def test_folder_made_anew_under_a_waiting_holder(kubelet: Kubelet, four: Tree, p
     launch(four, kubelet).wait_for_line(STANDING_BY)
     kubelet.kill()
     plugin.wait_for_line("no kubelet listens")
-    shutil.rmtree(kubelet.folder)
+    kubelet.delete_folder()
     mark = kubelet.log.mark()
     kubelet.start()
     kubelet.wait_status(R150, 4, 4, after=mark)
@@ -4232,8 +4236,7 @@ def every_metric(tree: Tree) -> str:
 
 def test_metrics_are_in_readme(every_metric: str) -> None:
     """README's table has each metric, and no other."""
-    readme = (HERE / "README.md").read_text()
-    table = set(re.findall(r"`(tt_[a-z_]+)`", "\n".join(line for line in readme.splitlines() if line.startswith("| `tt_"))))
+    table = set(re.findall(r"`(tt_[a-z_]+)`", "\n".join(line for line in README.splitlines() if line.startswith("| `tt_"))))
     names = {name for name in re.findall(r"^# TYPE (\w+)", every_metric, re.M) if not name.startswith("process_")}
     assert table - {"tt_thermal_trip_count"} == names
 
@@ -4777,7 +4780,6 @@ USER = 65532  # "nonroot" of many images
 Finished = subprocess.CompletedProcess[str]
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts and a change of root need root")
-long_only = pytest.mark.skipif(not LONG, reason="takes long: ./build.sh test --long")
 
 
 def build(folder: Path, *arguments: str, env: dict[str, str] | None = None, umask: int = 0o022) -> Finished:
