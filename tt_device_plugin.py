@@ -242,17 +242,21 @@ def read_attribute(path: str | Path) -> str:
         os.close(fd)
 
 
-def attribute(path: str | Path, pattern: re.Pattern[str] | None = None) -> str:
-    """The text of one attribute; "" where it is missing, cannot be read or does not match: unknown is not dead.
-
-    Raises OSError for a lack of descriptors or memory: that says nothing about the chip.
-    """
+@contextlib.contextmanager
+def unknown_is_fine() -> Iterator[None]:
+    """Takes an OSError of a read for "unknown", unless it is a lack of descriptors or memory, which says nothing of a chip."""
     try:
-        text = read_attribute(path)
+        yield
     except OSError as error:
         if error.errno in SHORTAGES:
             raise
-        return ""
+
+
+def attribute(path: str | Path, pattern: re.Pattern[str] | None = None) -> str:
+    """The text of one attribute; "" where it is missing, cannot be read or does not match. Raises OSError for SHORTAGES."""
+    text = ""
+    with unknown_is_fine():
+        text = read_attribute(path)
     return text if pattern is None or pattern.fullmatch(text) else ""
 
 
@@ -359,15 +363,11 @@ def read_sensors(sysfs: Path, chip: Chip) -> dict[str, int]:
     readings = {}
     for name, sensor in SENSORS.items():
         place, _, file = sensor.file.rpartition("/")
-        try:
+        with unknown_is_fine():
             text = read_attribute(f"{places[place]}/{file}")
-        except OSError as error:
-            if error.errno in SHORTAGES:
-                raise
-            continue
-        value = len(text.split()) if place == "proc" else number(text)
-        if value is not None:
-            readings[name] = value
+            value = len(text.split()) if place == "proc" else number(text)
+            if value is not None:
+                readings[name] = value
     return readings
 
 
@@ -376,12 +376,9 @@ def newest_sensors(folder: str) -> str:
 
     Found anew each time: a reset makes another hwmonX, and old drivers left the dead one behind (tt-kmd#25).
     """
-    try:
+    names: list[str] = []
+    with unknown_is_fine():
         names = [name for name in os.listdir(folder) if name.startswith("hwmon")]
-    except OSError as error:
-        if error.errno in SHORTAGES:
-            raise
-        names = []
     return f"{folder}/{max(names, key=lambda name: number(name[5:]) or 0, default='')}"
 
 
@@ -1298,7 +1295,6 @@ class Stay:
                 self.held, self._links = True, os.fstat(self._fd).st_nlink
             return ""
         except FileNotFoundError:
-            self.release()
             return f"{self.folder} is not there yet: waiting for a kubelet that makes it"
         except BlockingIOError:
             second = f"another instance serves {self.folder}: standing by until it ends"
@@ -1905,7 +1901,7 @@ def cdi_spec(settings: Settings, snapshot: Snapshot) -> str:
 
 def cdi_edits(settings: Settings, cards: Sequence[Card]) -> dict[str, Any]:
     """What a runtime has to do to a container that gets `cards`."""
-    nodes = [f"/dev/tenstorrent/{chip.index}" for card in cards for chip in card.chips]
+    nodes = [node for card in cards for node in card.device_nodes]
     edits: dict[str, Any] = {
         "deviceNodes": [
             {"path": node, "hostPath": os.devnull if settings.fake else node, "permissions": "rw"} for node in nodes
@@ -2177,16 +2173,15 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> int:
     bell = Bell()
     cdi = KeptFile(settings.cdi_dir / CDI_FILE) if settings.cdi_dir else None
     labels = KeptFile(settings.labels_dir / LABELS_FILE) if settings.labels_dir else None
+    contents = {file: make for file, make in ((cdi, cdi_spec), (labels, node_labels)) if file is not None}
     texts: dict[KeptFile, str] = {}
 
     def polled(old: Snapshot, new: Snapshot) -> None:
         changed = new.cards != old.cards or not old.polled
         if not old.polled:
             introduce(settings, new)
-        if changed and cdi:
-            texts[cdi] = cdi_spec(settings, new)
-        if changed and labels:
-            texts[labels] = node_labels(settings, new)
+        if changed:
+            texts.update({file: make(settings, new) for file, make in contents.items()})
         if not registrar.stay.second:  # two instances would overwrite each other's files
             for file, text in texts.items():
                 file.keep(text)
