@@ -1466,7 +1466,7 @@ def log_changes(settings: Settings, old: Snapshot, new: Snapshot) -> None:
         driver = new.driver or "not loaded"
         log.info(text + "dev %s; cards: %s", *versions, driver, *folders, cards)
     if not new.cards and (old.cards or not old.polled):
-        log.info("no cards here, driver %s: waiting for some", new.driver or "not loaded")
+        log.info("no cards here, driver %s: waiting for some to appear", new.driver or "not loaded")
     before = {card.id: card for card in old.cards}
     for card in new.cards:
         last, verdict = before.pop(card.id, None), card.verdict
