@@ -2955,6 +2955,24 @@ def test_stops(
     assert not first or first.process.poll() is None
 
 
+def test_an_instance_that_lost_the_lock_leaves_the_files(
+    kubelet: Kubelet, four: Tree, launch: Launch, kept: Path
+) -> None:
+    """While the first instance was stopped, the second has got the lock of a new folder: the files
+    are the second one's, and the end of the first takes them from nobody."""
+    flags = [f"--cdi-dir={kept}", f"--labels-dir={kept}"]
+    kubelet.start()
+    first = launch(four, kubelet, FAST, *flags)
+    kubelet.wait_status(R150, 4, 4)
+    until(lambda: {*os.listdir(kept)} == KEPT)
+    launch(four, kubelet, *flags, "--poll-seconds=60").wait_for_line(STANDING_BY)
+    first.send(signal.SIGSTOP)
+    next_kubelet(kubelet, new_folder=True)
+    first.send(signal.SIGCONT)
+    first.wait_for_line(STANDING_BY)
+    assert first.end()[0] == 0 and {*os.listdir(kept)} == KEPT
+
+
 def test_stops_at_any_moment(kubelet: Kubelet, launch: Launch, kept: Path) -> None:
     """SIGTERM at a random moment of the first 0.5 s, two at a time, with a kubelet, without, and
     beside processes that keep all cores busy: exit code 0, no traceback, nothing left. So do dry
@@ -3436,9 +3454,9 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree.remove(P300[0].bdf)
     inventory.poll(105.0)
     assert keep() == "" and [path.exists() for path in paths] == [False, True]
-    tt.KeptFiles(files.settings).remove(held=False)  # of an instance that has only stood by
+    tt.KeptFiles(files.settings).remove(ours=False)  # of an instance that has only stood by
     assert paths[1].exists()
-    files.remove(held=False)
+    files.remove(ours=True)
     files.keep(inventory.snapshot)
     assert not paths[1].exists()
     trouble = f"cannot keep {paths[0]}: Is a directory; trying again", f"{paths[0]} is kept again"

@@ -1301,7 +1301,7 @@ async def serve(settings: Settings) -> None:
     finally:
         inventory.stop()
         await cancel_and_wait(tasks)
-        files.remove(registrar.lock.held)
+        files.remove(not registrar.lock.standby_reason)  # else they are the other instance's
         registrar.lock.release()
 
 
@@ -1786,11 +1786,8 @@ class KeptFile:
         if not self._thread or not self._thread.is_alive():
             self._start(self._keep, settings, snapshot)
 
-    def remove(self, held: bool) -> None:
-        """Removes the file, if this instance has kept it, or holds the lock. Waits for that for
-        0.5 s at most."""
-        if not held and not self._thread:
-            return  # it is another instance's
+    def remove(self) -> None:
+        """Removes the file. Waits for that for 0.5 s at most."""
         for target in (None, functools.partial(self.path.unlink, missing_ok=True)):
             if target:
                 self._start(target)
@@ -1845,12 +1842,12 @@ class KeptFiles:
             for file in () if self._removed else self._files:
                 file.keep(self.settings, snapshot)
 
-    def remove(self, held: bool) -> None:
-        """Removes them, for good. `held`: this instance holds the lock."""
+    def remove(self, ours: bool) -> None:
+        """Removes them, for good, if they are `ours` and not another instance's."""
         with self._lock:
             self._removed = True
-        for file in self._files:
-            file.remove(held)
+        for file in self._files if ours else ():
+            file.remove()
 
     def cdi_names(self, cards: Sequence[Card]) -> list[str]:
         """The CDI names of `cards`; [] unless the file has all of them, as they are now: a name
