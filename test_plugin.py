@@ -1512,12 +1512,12 @@ UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for 
 NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
 NO_ID = ("F" * 16, "0" * 16, "0d0cb6f1e7a50001", "D0CB6F1E7A50001", "00D0CB6F1E7A50001")
 LACKING: dict[str, dict[str, Any]] = {  # file: what is not known without it
-    "tt_card_type": {"card_type": "", "unidentified": "pending"},
-    "tt_asic_id": {"asic_id": "", "unidentified": "unidentified"},
+    "tt_card_type": {"card_type": "", "unknown": "pending"},
+    "tt_asic_id": {"asic_id": "", "unknown": "unidentified"},
     "tt_serial": {"serial": ""},
     "tt_fw_bundle_ver": {"firmware": ""},
-    "dev": {"dev": "", "unidentified": "pending"},
-    "device/device": {"arch": "", "unidentified": "unidentified"},
+    "dev": {"dev": "", "unknown": "pending"},
+    "device/device": {"arch": "", "unknown": "unidentified"},
     "device/iommu_group/type": {"iommu": ""},
     "device/numa_node": {"numa_node": None},
 }
@@ -1576,9 +1576,9 @@ def test_what_sysfs_says_of_a_chip(room: Path, file: str) -> None:
     """Each fact is one file's. Missing, not readable and not to be understood are one: not known.
     Only of ASIC ids it is known where there are none: such a chip goes by its PCI address."""
     tree, fault = Tree(room, N150[:1]), "no-node" if file == "dev" else ""
-    look = functools.partial(inventory_of(tree).discovery.look_at, FIRST)
+    look = functools.partial(inventory_of(tree).discovery.read, FIRST)
     whole = tt.Chip(BDF, 0, dev="1:3", arch="wormhole", card_type="n150", firmware="80.17.0.0")
-    whole = replace(whole, numa_node=0, iommu="DMA-FQ", unidentified="")
+    whole = replace(whole, numa_node=0, iommu="DMA-FQ", unknown="")
     whole = replace(whole, asic_id=N150[0].asic_id or "", serial=N150[0].serial or "")
     assert look() == (whole, tt.Reading(1_000_000))
     for text in (*NONSENSE, *(NO_ID if file in ("tt_asic_id", "tt_serial") else ()), None):
@@ -1587,7 +1587,7 @@ def test_what_sysfs_says_of_a_chip(room: Path, file: str) -> None:
             tree.path(BDF, file).symlink_to(UNREADABLE)
         elif text is not None:
             tree.set(BDF, file, text.encode("latin-1"))
-        known = {"unidentified": ""} if (file, text) == ("tt_asic_id", None) else {}
+        known = {"unknown": ""} if (file, text) == ("tt_asic_id", None) else {}
         chip = replace(whole, **{**LACKING[file], **known})
         assert look() == (chip, tt.Reading(1_000_000, fault)), text
 
@@ -1637,7 +1637,7 @@ def test_what_a_heartbeat_says(room: Path, row: list[str]) -> None:
         tree.node(BDF).symlink_to(node)
         told = "no-node" if node != "/dev/null" and fault in ("", "unreadable") else fault
         with just_before(os.read, bool, error):
-            assert discovery.sense(chip) == (int(beat) if beat else None, told, detail)
+            assert discovery.read_health(chip) == (int(beat) if beat else None, told, detail)
     assert not tt.is_device_node(str(room), "0:0")  # it has this number, and is a folder
 
 
@@ -1647,15 +1647,15 @@ def test_what_is_read_again(room: Path) -> None:
     tree, opened = Tree(room, [replace(N150[0], asic_id=None)]), list[int]()
     discovery, late = inventory_of(tree).discovery, tree.path(BDF, "tt_asic_id")
     with just_before(os.open, lambda n: n == 2 and late.write_text("A" * 16)):
-        chip, _ = discovery.look_at(FIRST)
+        chip, _ = discovery.read(FIRST)
     assert chip.card_id == "wormhole-" + "A" * 16
     tree.set(BDF, "tt_fw_bundle_ver", "80.18.0.0\n")
     with just_before(os.open, opened.append):
-        assert discovery.look_at(chip)[0] == chip and opened == [0]
+        assert discovery.read(chip)[0] == chip and opened == [0]
     with just_before(os.read, bool, errno.ENODATA):
-        resetting, _ = discovery.look_at(chip)
+        resetting, _ = discovery.read(chip)
     assert resetting == replace(chip, firmware="")
-    assert discovery.look_at(resetting)[0] == replace(chip, firmware="80.18.0.0")
+    assert discovery.read(resetting)[0] == replace(chip, firmware="80.18.0.0")
 
 
 def test_class_entries(room: Path) -> None:
@@ -1668,20 +1668,19 @@ def test_class_entries(room: Path) -> None:
     for name in ("by-id", *(f"tenstorrent!{n}" for n in ("", "x", "07", "7x", "1" * 7))):
         (folder / name).symlink_to(tree.entry(BDF))
     (folder / "tenstorrent!2").symlink_to("nowhere")
-    for n, target in enumerate((str(below), "device", "/", "0000:09:00.0", ".."), start=13):
+    for n, target in enumerate((str(below), "device", "/", ".."), start=13):
         (folder / f"tenstorrent!{n}").mkdir()
         (folder / f"tenstorrent!{n}/device").symlink_to(target)
     first, second = ((folder / f"tenstorrent!{n}").stat().st_ino for n in (0, 13))
     other = tt.Chip("10000:42:00.0", 13, second, bridges)
     chips = [tt.Chip(BDF, 0, first, ("pci0000:01",)), other]
-    located = [discovery.locate(place) for place in sorted(discovery.places())]
-    assert [chip for chip in located if chip] == chips
+    assert sorted(discovery.chips(), key=lambda chip: chip.index) == chips
     shutil.rmtree(tree.sys / "class")
     shutil.rmtree(tree.sys / "module")
-    assert (discovery.places(), discovery.driver()) == ([], "")
+    assert (discovery.chips(), discovery.driver_version()) == ([], "")
     (tree.sys / "class").symlink_to("class")
     with pytest.raises(OSError, match="symbolic links"):
-        discovery.places()
+        discovery.chips()
 
 
 def test_inode_tells_class_devices_apart(room: Path) -> None:
@@ -1690,16 +1689,18 @@ def test_inode_tells_class_devices_apart(room: Path) -> None:
     tree = Tree(room, N150[:1])
     inventory, entry, draft = inventory_of(tree), tree.entry(BDF), tree.drafts / "new"
     inventory.poll(0.0)
-    readers, ((chip,),) = inventory.readers, [card.chips for card in inventory.snapshot.cards]
+    readers, ((chip,),) = {**inventory.readers}, [card.chips for card in inventory.snapshot.cards]
     tree.set(BDF, "tt_serial", "A" * 16)
     os.utime(entry, (1, 1))
     inventory.poll(1.0)
     assert inventory.readers == readers and inventory.snapshot.cards[0].chips == (chip,)
-    assert inventory.discovery.place(0) == chip.place
+    there = inventory.discovery.chip_at(0)
+    assert there and there.class_device == chip.class_device
     shutil.copytree(entry, draft, symlinks=True)
     for old, new in ((entry, tree.drafts / "old"), (draft, entry)):
         old.rename(new)
-        assert inventory.discovery.place(0) != chip.place
+        there = inventory.discovery.chip_at(0)
+        assert not there or there.class_device != chip.class_device
     inventory.poll(2.0)
     assert not inventory.readers.keys() & readers.keys()
     assert inventory.snapshot.cards[0].chips[0].serial == "A" * 16
@@ -1775,7 +1776,7 @@ def test_health_table(row: list[str]) -> None:
         fault, _, beat = seen.partition("/") if seen[0].isalpha() else ("", "", seen)
         why = fault if fault in ("pending", "unidentified") else ""
         reading = tt.Reading(int(beat) if beat.isdigit() else None, "" if why else fault)
-        verdict = history.update(replace(FIRST, unidentified=why), reading, 1e6 + float(now))
+        verdict = history.update(replace(FIRST, unknown=why), reading, 1e6 + float(now))
         assert verdict.kind == (fault if kind == "=" else kind), f"at {now}"
         held = ("pending", "no-telemetry", "unidentified")
         marks = dict.fromkeys(("ok", "unreadable"), "Healthy") | dict.fromkeys(held, "pending")
@@ -1787,7 +1788,7 @@ def test_health_table(row: list[str]) -> None:
 def test_health_of_any_history(polls: list[tuple[float, tt.Reading]]) -> None:
     """Never Healthy while beats are owed, never hung without 12 s and 3 equal reads; a fault that
     is seen is told; and after two more beats any chip is Healthy."""
-    history, chip, now = tt.HealthHistory(0.0), replace(FIRST, unidentified=""), 0.0
+    history, chip, now = tt.HealthHistory(0.0), replace(FIRST, unknown=""), 0.0
     owed, hung, equal = 0, False, list[tuple[float, int]]()  # when the newest heartbeat was read
     for pause, reading in polls:
         now += pause
@@ -1883,8 +1884,8 @@ def test_no_chip_is_healthy_under_two_ids(
                 verdict = tt.HealthHistory(0.0).update(chip, tt.Reading(1, state[1]), now)
                 poll, owner[pci] = [*poll, (chip, verdict)], NODE[n][1]
         shuffled, made = order.sample(poll, len(poll)), tt.Settings()
-        new = tt.next_snapshot(snapshot, poll, made, now, now)
-        assert new == tt.next_snapshot(snapshot, shuffled, made, now, now)
+        new = tt.next_snapshot(snapshot, poll, made, now)
+        assert new == tt.next_snapshot(snapshot, shuffled, made, now)
         names = [" ".join(line.split()[:2]) for line in brief(new).split(", ")]
         for card, name in zip(new.cards, names, strict=False):
             if card.verdict.health == "Healthy":
@@ -1903,9 +1904,9 @@ def judged(word: str) -> tt.Judged:
     "=hung" the kind of its verdict."""
     letter, index, bus, unknown, kind = re.findall(r"^(.)(@.)?(/..)?(\??)=?(.*)$", word)[0]
     one = chip_of(ACTORS[letter][0])
-    chip = tt.Chip(f"0000:{bus[1:] or one.bdf[5:7]}:00.0", int(index[1:] or one.n), unidentified="")
+    chip = tt.Chip(f"0000:{bus[1:] or one.bdf[5:7]}:00.0", int(index[1:] or one.n), unknown="")
     if unknown:
-        chip, kind = replace(chip, unidentified="pending"), kind or "pending"
+        chip, kind = replace(chip, unknown="pending"), kind or "pending"
     else:
         chip = replace(chip, arch=one.arch, card_type=one.card_type or "")
         chip = replace(chip, asic_id=one.asic_id or "", serial=one.serial or "")
@@ -1913,11 +1914,11 @@ def judged(word: str) -> tt.Judged:
 
 
 def follow(polls: str) -> list[tt.Snapshot]:
-    """The snapshots after these polls, a second apart, from 100 s and 1e9 s (wall) on."""
+    """The snapshots after these polls, a second apart, from 100 s on."""
     known = [tt.Snapshot()]
     for now, poll in enumerate(polls.split(";")):
         seen = [judged(word) for word in poll.split()]
-        known.append(tt.next_snapshot(known[-1], seen, tt.Settings(), 100 + now, 1e9 + now))
+        known.append(tt.next_snapshot(known[-1], seen, tt.Settings(), 100 + now))
     return known[1:]
 
 
@@ -1957,10 +1958,9 @@ def test_what_becomes_of_a_card(row: list[str]) -> None:
 
 
 def test_since_is_when_its_health_changed() -> None:
-    """Not when the reason did: gone, then in a reset, is one Unhealthy. In both clocks."""
+    """Not when the reason did: gone, then in a reset, is one Unhealthy."""
     cards = [snapshot.cards[0] for snapshot in follow("n; n=unreadable; ; n=resetting; n; n")]
-    assert [card.verdict.since - 1e9 for card in cards] == [0, 0, 2, 2, 4, 4]
-    assert [card.verdict.began - 100 for card in cards] == [0, 0, 2, 2, 4, 4]
+    assert [card.verdict.since - 100 for card in cards] == [0, 0, 2, 2, 4, 4]
 
 
 ####################################################################################################
@@ -1971,30 +1971,27 @@ def test_since_is_when_its_health_changed() -> None:
 class Acme:
     """Another vendor's discovery: what README's "For another vendor's card" asks for."""
 
-    functions, driver = list, str  # none, and no version
+    pci_functions, driver_version = list, str  # none, and no version
 
     def __init__(self, folder: Path, *there: int) -> None:
-        self.nodes, self.there = str(folder), list(there)
+        self.dev_folder, self.there = str(folder), list(there)
         self.list: Callable[[], object] = bool
         self.look: Callable[[tt.Chip], object] = bool
         made: Any = self
         self.inventory = tt.Inventory(tt.Settings(resource_domain="x.org", poll_seconds=0.0), made)
 
-    def places(self) -> list[tt.Place]:
+    def chips(self) -> list[tt.Chip]:
         self.list()
-        return [place for n in self.there if (place := self.place(n))]
+        return [chip for n in self.there if (chip := self.chip_at(n))]
 
-    def locate(self, place: tt.Place) -> tt.Chip:
-        return tt.Chip(place[2], *place[:2])
+    def chip_at(self, index: int) -> tt.Chip | None:
+        chip = tt.Chip(f"0000:{index:02x}:00.0", index, 100 + index)
+        return chip if index in self.there else None
 
-    def look_at(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
+    def read(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
         self.look(chip)
         chip = replace(chip, arch="acme", card_type="x1", asic_id=f"{chip.index}", dev="1:3")
-        return replace(chip, unidentified=""), tt.Reading()
-
-    def place(self, index: int) -> tt.Place | None:
-        place = (index, 100 + index, f"0000:{index:02x}:00.0")
-        return place if index in self.there else None
+        return replace(chip, unknown=""), tt.Reading()
 
 
 def test_for_another_vendors_card(room: Path) -> None:
@@ -2040,7 +2037,7 @@ def test_readers(room: Path, caplog: pytest.LogCaptureFixture, bound: Bound) -> 
     assert poll(hang, 0.1) == {"ok": 1, "read-hangs": 30, "gone": 1}
     released.set()
     for reader in acme.inventory.readers.values():
-        reader.wait(10)
+        assert reader.idle.wait(10)
     assert poll(lambda chip: 1 // (chip.index - 1), 3.0) == {"ok": 30, "unreadable": 1, "gone": 1}
     assert "chip 0000:01:00.0 cannot be read\nTraceback" in caplog.text and len(caplog.records) == 1
     assert "ZeroDivisionError" in acme.inventory.snapshot.cards[1].verdict.reason
@@ -2107,8 +2104,8 @@ def test_polling_thread(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert told == ["", one, one, one, two] and brief(acme.inventory.snapshot) == two
     assert "".join(record.levelname[0] for record in caplog.records) == "EEWIEWEI"
     assert caplog.text.count("ValueError: woken: True") == 3 and not woken.acquire(blocking=False)
-    assert "cannot look for cards, the last list stands: [Errno 24]" in caplog.text
-    assert "polls fail, the last list stands: ValueError(1)" in caplog.text
+    assert "cannot look for cards, the last list stands: OSError: [Errno 24]" in caplog.text
+    assert "cannot look for cards, the last list stands: ValueError: 1" in caplog.text
     assert caplog.text.count("the cards can be looked for again") == 2
 
 
@@ -2132,7 +2129,8 @@ for host, bus, numa, above in SPOTS:
 
 
 @rows("""
-    smallest group with room   host    01 02 03 05 06 41 51 61 71  -      3  41 51 61
+    smallest group with room   host    01 02 03 05 06 41 51 61 71  -      3  01 02 03
+    ... a NUMA node            host    01 02 03 05 06 41 51 61 71  -      4  41 51 61 71
     ... a switch               host    01 02 03 05 06              -      2  05 06
     ... the last one           host    01 03 05 41 51 61 71        -      1  05
     one NUMA node before all   host    01 02 03 05 06 41 51 61 71  -      5  01 02 03 05 06
@@ -2188,10 +2186,9 @@ def test_preferred_allocation_of_any_request(data: st.DataObject) -> None:
     must = draw(st.lists(st.sampled_from(available), max_size=3, unique=True))
     size = draw(st.integers(-1, len(available) + 1))
     if not max(1, len(must)) <= size <= len(available):
-        words = f"cannot choose {size} of {len(available)} cards with {len(must)} required$"
-        with pytest.raises(tt.Refusal, match=words) as caught:
+        words = f"cannot choose {size} of {len(available)} cards with {len(must)} required"
+        with pytest.raises(tt.Refusal, match=f"INVALID_ARGUMENT.*{words}"):
             tt.preferred_allocation(cards, available, must, size)
-        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
         return
     chosen = tt.preferred_allocation(cards, available, must, size)
     assert len(chosen) == len(set(chosen)) == size and set(must) <= set(chosen) <= set(available)
@@ -2200,9 +2197,8 @@ def test_preferred_allocation_of_any_request(data: st.DataObject) -> None:
     well = {name for name in available if name in cards and cards[name].verdict == tt.Verdict()}
     assert len(set(chosen) - well) == max(len(set(must) - well), size - len(well))
     room = Counter(cards[name].chips[0].numa_node for name in well)
-    if not must and (roomy := [count for count in room.values() if count >= size]):
-        (numa,) = {cards[name].chips[0].numa_node for name in chosen}
-        assert room[numa] == min(roomy)
+    if not must and max(room.values(), default=0) >= size:
+        assert len({cards[name].chips[0].numa_node for name in chosen}) == 1
 
 
 ####################################################################################################
@@ -2642,10 +2638,10 @@ def test_first_registration(
 @pytest.mark.parametrize(
     ("fault", "pauses"),
     [
-        ("register_fails", [0.1, 0.2, 0.4, 0.8]),
-        ("drop_streams", [0.002, 0.004, 0.008, 0.016, 0.03, 0.03]),
-        ("no_stream", [5.1]),
-        pytest.param("register_hangs", [12.1], marks=long_only),
+        ("register_fails", [0.004, 0.008, 0.016, 0.032, 0.064]),
+        ("drop_streams", [0.004, 0.008, 0.016, 0.03, 0.03, 0.03]),
+        ("no_stream", [5.0]),
+        pytest.param("register_hangs", [12.0], marks=long_only),
     ],
 )
 def test_goes_round(
@@ -3153,12 +3149,12 @@ def test_a_change_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     """It says which card, what, since when and what to do. What stays as it is says nothing."""
     caplog.set_level(logging.INFO, "tt-device-plugin")
     chip, new = tt.Chip("P", 0, arch="a", card_type="n150", asic_id="X"), tt.Snapshot(polled=True)
-    chip = replace(chip, unidentified="")
+    chip = replace(chip, unknown="")
     facts = {"chip": chip, "detail": "EIO", "here": "P", "missing": "M"}
     for now, (kind, line) in enumerate(CHANGES):
         verdict = tt.make_verdict(kind, **facts) if kind in tt.REASONS else tt.Verdict()
         old, judged = new, [(chip, verdict)] if kind != "no card" else []
-        new = tt.next_snapshot(old, judged, tt.Settings(), now, 1e9 + now)
+        new = tt.next_snapshot(old, judged, tt.Settings(), now)
         caplog.clear()
         tt.log_changes(tt.Settings(), old, new)
         said = [one for one in caplog.records if vars(one).get("card") == "a-X"]
@@ -3166,7 +3162,7 @@ def test_a_change_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
         text = text.replace("card a-X (n150, /dev/tenstorrent/0) ", "")
         assert text == line.replace("...", new.cards[0].verdict.reason if new.cards else "")
         if line and new.cards:
-            assert vars(said[0])["since"] == new.cards[0].verdict.since
+            assert vars(said[0])["since"] == tt.utc(new.cards[0].verdict.since)
 
 
 def test_log_queue_is_bounded() -> None:
@@ -3239,9 +3235,10 @@ def sensed(room: Path) -> tt.Metrics:
     tree.remove(N150[1].bdf)
     metrics.inventory.poll(101.0)
     metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=ODD)
-    counts = metrics.registrar.shared.counts
-    counts["allocations", R150], counts["registrations", R150, "start"] = 3, 2
-    counts["refusals", R150, "Allocate", "NOT_FOUND"] = 1
+    count = metrics.registrar.shared.count
+    count("allocations_total", 3, resource=R150)
+    count("registrations_total", 2, resource=R150, cause="start")
+    count("refusals_total", resource=R150, call="Allocate", code="NOT_FOUND")
     return metrics
 
 
@@ -3282,17 +3279,17 @@ def test_junk_readings(sensed: tt.Metrics) -> None:
     hwmon_dead-chip): it is not in the page, and is counted. What is not there is neither. With a
     driver before 2.7 nothing is read: a read while the chip goes could oops the kernel."""
     count, inventory = 0, sensed.inventory
-    for sensor in tt.SENSORS[:-1]:
-        file, good = sensor.file.replace("hwmon/", "device/hwmon/hwmon10/"), f"{sensor.highest}"
+    for metric, (file, highest, *_) in [*tt.SENSORS.items()][:-1]:
+        good, file = f"{highest}", file.replace("hwmon/", "device/hwmon/hwmon10/")
         path = Path(inventory.discovery.folder(0), file)
-        for text in (good, f"{sensor.highest + 1}", "4294967295", "-1", "N/A", "", None):
+        for text in (good, f"{highest + 1}", "4294967295", "-1", "N/A", "", None):
             path.unlink()
             if text is not None:
                 path.write_text(text)
             count += text not in (good, None)
             page = told(sensed.page(109.0), f"chip={FIRST_BDF}")
-            assert any(sensor.metric in line for line in page) == (text == good), (sensor, text)
-            assert page[-1].endswith(f" {count}"), (sensor, text)
+            assert any(metric in line for line in page) == (text == good), (metric, text)
+            assert page[-1].endswith(f" {count}"), (metric, text)
     for reader in inventory.readers.values():
         reader.history.heartbeat = None
     for driver, read in (("2.6.1", 0), ("1.34", 0), ("", 0), ("2.7.0-rc1", 1), ("3.0", 1)):
@@ -3415,9 +3412,7 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     def keep() -> str:
         """The file, once it says what the snapshot does, if all cards have a CDI name."""
         files.keep(inventory.snapshot)
-        for file in (files.cdi, files.labels):
-            assert file and file._thread
-            file._thread.join(5)
+        files._thread.join(5)
         return paths[0].read_text() if files.cdi_names(inventory.snapshot.cards) else ""
 
     paths = [folder / CDI, room / "labels/tt-device-plugin"]
@@ -3454,10 +3449,7 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree.remove(P300[0].bdf)
     inventory.poll(105.0)
     assert keep() == "" and [path.exists() for path in paths] == [False, True]
-    tt.KeptFiles(files.settings).remove(ours=False)  # of an instance that has only stood by
-    assert paths[1].exists()
-    files.remove(ours=True)
-    files.keep(inventory.snapshot)
+    files.remove()
     assert not paths[1].exists()
     trouble = f"cannot keep {paths[0]}: Is a directory; trying again", f"{paths[0]} is kept again"
     assert tuple(line.getMessage() for line in caplog.records) == trouble
@@ -3667,7 +3659,8 @@ def test_dry_run(command: list[str], four: Tree, kubelet: Kubelet) -> None:
         four.node(chip.bdf).unlink()
     for flags, step in ([], "3. ListAndWatch: "), (["--sysfs-root=/nowhere"], "1. Discover: "):
         done = run(command, *four.flags, *flags, "--dry-run")
-        assert done.returncode == 1 and f"\nFAILED: after step {step}" in done.stdout, done
+        assert done.returncode == 1 and "\nFAILED after the step above: " in done.stdout
+        assert done.stdout.split("\n\n")[-2].lstrip().startswith(step), done
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])

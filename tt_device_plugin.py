@@ -3,7 +3,8 @@
 
 What the kubelet expects of a device plugin, in five steps (README.md has the diagram):
 
-1. **Discover.** Find the cards of this node and judge their health: here once a second, in sysfs.
+1. **Discover.** Find the cards of this node and judge their health: here by default once a second,
+   in sysfs.
 2. **Register.** Serve the DevicePlugin service on a Unix socket beside the kubelet's own, and tell
    the kubelet the socket's name and the resource, such as `tenstorrent.com/n150`.
 3. **ListAndWatch.** The kubelet opens one stream and keeps it. Each message is the whole list.
@@ -12,15 +13,15 @@ What the kubelet expects of a device plugin, in five steps (README.md has the di
 
 What this plugin guarantees beyond that:
 
-- A resource is registered if and only if a ListAndWatch stream of it is open. The end of the
-  stream is the only signal. Whatever ended it, the plugin registers again once a kubelet answers.
+- A resource is registered as long as a ListAndWatch stream of it is open. Whatever ends the stream,
+  the plugin registers again once a kubelet answers.
 - A card's ID comes from its hardware alone. A card that was offered stays listed, Unhealthy with a
   reason, until it is back.
 - Unknown is not dead: missing files, old drivers and late telemetry decide nothing.
 - A read that hangs costs its own card only, and no call waits for a read.
 
 What it does not do: it opens no device node, resets no card, wipes no memory between Pods, and
-talks to nobody but the kubelet. It knows of a card's health only what the driver shows in sysfs.
+asks nobody but the kubelet. It knows of a card's health only what the driver shows in sysfs.
 
 The one idea: a thread reads sysfs into an immutable snapshot, and everything else reads the newest
 snapshot. Decisions are functions of what was read, what is remembered, and `now`.
@@ -38,6 +39,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import ipaddress
 import json
 import logging
 import logging.handlers
@@ -62,7 +64,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +76,7 @@ import api_pb2 as api
 import api_pb2_grpc as rpc
 
 __version__ = "0.1.0"
-
 log = logging.getLogger("tt-device-plugin")
-
 
 # ==== 1. Settings =================================================================================
 
@@ -110,25 +110,23 @@ class CannotWork(Exception):
 class LogOnChange:
     """A lasting problem, logged when it changes and not each time that it is found again."""
 
-    def __init__(self) -> None:
+    def __init__(self, about: str = "") -> None:
+        self.about = about  # what each line begins with
         self.problem = ""  # "" while there is none
 
-    def set(self, problem: str, over: str = "") -> None:
-        """Logs `problem` once when it appears or changes, and `over` once when it clears."""
+    def set(self, problem: str, cleared: str = "") -> None:
+        """Logs `problem` once when it appears or changes, and `cleared` once when it clears."""
         before, self.problem = self.problem, problem
         if problem and problem != before:
-            log.warning("%s", problem)
-        elif before and not problem and over:
-            log.info("%s", over)
+            log.warning("%s%s", self.about, problem)
+        elif before and not problem and cleared:
+            log.info("%s%s", self.about, cleared)
 
 
 # ==== 2. Records: what was read, what follows from it, and what everybody else sees ===============
 
-HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
-"""The two words of the device plugin API for a card's health."""
-
-PENDING = "pending"
-"""Our own third word: not to be offered. A card that was offered before is Unhealthy instead."""
+HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"  # the device plugin API's words for a card's health
+PENDING = "pending"  # ours: not to be offered; never sent, see make_card
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +146,17 @@ class Chip:
     firmware: str = ""  # bundle version, 19.5.0.0
     numa_node: int | None = None
     iommu: str = ""  # type of its IOMMU group: DMA, DMA-FQ, identity; "" without an IOMMU
-    unidentified: str = "pending"  # why nobody knows which card this is, a key of REASONS, or ""
+    unknown: str = "pending"  # why nobody knows which card this is: a key of REASONS; "" if known
 
     @property
-    def place(self) -> tuple[int, int, str]:
-        """What tells its class device from all others: see Discovery.place."""
+    def class_device(self) -> ClassDevice:
+        """What tells its class device from all others."""
         return self.index, self.inode, self.pci
+
+    @property
+    def node(self) -> str:
+        """Its device node, on the host and in a container."""
+        return f"/dev/tenstorrent/{self.index}"
 
     @property
     def id(self) -> str:
@@ -165,18 +168,21 @@ class Chip:
         """The ID of the card that this chip is part of: a function of the chip's hardware alone.
 
         The kubelet remembers IDs across restarts of the plugin. A chip that went by one ID now and
-        by another later would be given to two Pods. A chip that is not identified has its PCI
-        address here, to be listed by, and is not offered.
+        by another later would be given to two Pods. A chip that is not known has its PCI address
+        here, to be listed by, and is not offered.
         """
-        if self.unidentified:
+        if self.unknown:
             return self.pci
         return f"p300-{self.serial}" if self.card_type.startswith("p300") else self.id
+
+
+ClassDevice = tuple[int, int, str]  # its N, its folder's inode number, and the PCI address
 
 
 class Reading(NamedTuple):
     """What one poll saw of a chip."""
 
-    heartbeat: int | None = None  # None: there is no such file, or it could not be read
+    heartbeat: int | None = None  # None: there is no such file, or `fault` says why it was not read
     fault: str = ""  # a key of REASONS that needs no history; "" if there is none
     detail: str = ""  # the error's name, such as EIO, for the fault `unreadable`
 
@@ -188,8 +194,7 @@ class Verdict:
     health: str = HEALTHY  # HEALTHY, UNHEALTHY or PENDING
     kind: str = "ok"  # ok, or a key of REASONS
     reason: str = ""  # for the admin; without numbers that change from poll to poll
-    since: float = 0.0  # time.time() since when a card has had this health
-    began: float = 0.0  # the same moment in time.monotonic(), which nobody sets
+    since: float = 0.0  # time.monotonic() since when a card has had this health
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +215,7 @@ class Card:
     @property
     def device_nodes(self) -> list[str]:
         """Where its chips' device nodes are now, or were last."""
-        return [f"/dev/tenstorrent/{chip.index}" for chip in self.chips if chip.index >= 0]
+        return [chip.node for chip in self.chips if chip.index >= 0]
 
     def __str__(self) -> str:
         return f"card {self.id} ({', '.join([self.model or 'model unknown', *self.device_nodes])})"
@@ -241,19 +246,12 @@ class Snapshot:
 # telemetry: at once, up to two minutes later (Wormhole), or never. Driver and firmware decide which
 # of them there are: any may be missing.
 
-VENDOR = "0x1e52"
-"""Tenstorrent's PCI vendor id (tt-kmd enumerate.h)."""
-
+VENDOR = "0x1e52"  # Tenstorrent's PCI vendor id (tt-kmd enumerate.h)
+# PCI device id -> architecture, as in /dev/tenstorrent/by-id (tt-kmd 2.6.0, its udev rule)
 ARCHITECTURES = {"0x401e": "wormhole", "0xb140": "blackhole"}
-"""PCI device id -> architecture, as in /dev/tenstorrent/by-id (tt-kmd 2.6.0, its udev rule)."""
-
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-
-CARD_TYPE = r"[a-z0-9]([-a-z0-9.]{0,14}[a-z0-9])?"
-"""What fits into the name of a resource, and of its socket."""
-
-Place = tuple[int, int, str]
-"""N of a class device, the inode number of its folder, and the PCI address that it leads to."""
+PCI_PATH = re.compile(rf"pci[0-9a-f]{{4,8}}:[0-9a-f]{{2}}|{PCI_ADDRESS.pattern}")  # its parts
+CARD_TYPE = r"[a-z0-9]([-a-z0-9.]{0,14}[a-z0-9])?"  # fits into the name of a resource and a socket
 
 
 def read_attribute(path: str) -> str:
@@ -289,12 +287,11 @@ def hardware_id(path: str) -> str | None:
 
 def is_device_node(path: str, dev: str) -> bool:
     """Whether `path` is, or links to, the character device `dev` ("major:minor"). Opens nothing."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return False
-    found = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    return stat.S_ISCHR(status.st_mode) and found == dev
+        found = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        return stat.S_ISCHR(status.st_mode) and found == dev
+    return False
 
 
 class Discovery:
@@ -302,51 +299,40 @@ class Discovery:
 
     def __init__(self, settings: Settings) -> None:
         self.sysfs = str(settings.sysfs_root)
-        self.nodes = f"{settings.dev_root}/tenstorrent"
+        self.dev_folder = f"{settings.dev_root}/tenstorrent"
 
     def folder(self, index: int) -> str:
-        """The folder of the tt_* files of /dev/tenstorrent/`index`."""
+        """The folder of class device `index`, with its tt_* files."""
         return f"{self.sysfs}/class/tenstorrent/tenstorrent!{index}"
 
-    def driver(self) -> str:
+    def driver_version(self) -> str:
         """The version of the loaded driver, or ""."""
         return attribute(f"{self.sysfs}/module/tenstorrent/version", r"[\w.+~-]{1,40}")
 
-    def places(self) -> list[Place]:
-        """The class devices there are; [] without the driver. Raises OSError."""
+    def chips(self) -> list[Chip]:
+        """The chips that have a class device; [] without the driver. Raises OSError."""
         names: list[str] = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             names = os.listdir(f"{self.sysfs}/class/tenstorrent")
-        found = (re.fullmatch(r"tenstorrent!(0|[1-9][0-9]{0,5})", name) for name in names)
-        places = (self.place(int(match[1])) for match in found if match)
-        return [place for place in places if place]
+        matches = (re.fullmatch(r"tenstorrent!(0|[1-9][0-9]{0,5})", name) for name in names)
+        chips = (self.chip_at(int(match[1])) for match in matches if match)
+        return [chip for chip in chips if chip]
 
-    def place(self, index: int) -> Place | None:
-        """The class device that is N now, from links alone, which never hang; None without one.
+    def chip_at(self, index: int) -> Chip | None:
+        """The chip that is N now, as far as links tell, which never hang; None without one.
 
-        In sysfs, the inode number alone tells one from the next: the times of a folder are those at
-        which it came into the cache. Other file systems give out the same number again at once.
+        In sysfs the inode number tells one class device from the next. Time stamps do not: they are
+        made up when the folder comes into the cache.
         """
         folder = self.folder(index)
-        try:
-            inode = os.stat(folder).st_ino
-            linked = os.readlink(folder if os.path.islink(folder) else f"{folder}/device")
-        except OSError:  # it has just vanished
-            return None
-        addresses = PCI_ADDRESS.findall(linked)
-        return (index, inode, addresses[-1]) if addresses else None
+        with contextlib.suppress(OSError):  # it has just vanished
+            link = os.readlink(folder if os.path.islink(folder) else f"{folder}/device")
+            *above, pci = PCI_PATH.findall(link) or [""]
+            if PCI_ADDRESS.fullmatch(pci):
+                return Chip(pci, index, os.stat(folder).st_ino, tuple(above))
+        return None
 
-    def locate(self, place: Place) -> Chip | None:
-        """The chip of a class device, from links alone; None if it is no PCI function."""
-        try:
-            parts = os.path.realpath(f"{self.folder(place[0])}/device", strict=True).split("/")
-        except OSError:
-            return None
-        path = [part for part in parts if part.startswith("pci") or PCI_ADDRESS.fullmatch(part)]
-        index, inode, pci = place
-        return Chip(pci, index, inode, tuple(path[:-1])) if path[-1:] == [pci] else None
-
-    def functions(self) -> list[Chip]:
+    def pci_functions(self) -> list[Chip]:
         """Tenstorrent's PCI functions, also those with another driver or a failed probe."""
         chips = []
         for device in sorted(Path(self.sysfs, "bus/pci/devices").glob("*")):
@@ -357,14 +343,14 @@ class Discovery:
                 chips.append(Chip(device.name, arch=arch, driver=driver))
         return chips
 
-    def look_at(self, chip: Chip) -> tuple[Chip, Reading]:
+    def read(self, chip: Chip) -> tuple[Chip, Reading]:
         """What a chip is, as far as that was not known, and how it is. May hang with the driver."""
-        if chip.unidentified:
+        if chip.unknown:
             chip = self.identify(chip)
         if not chip.firmware:
             file = f"{self.folder(chip.index)}/tt_fw_bundle_ver"
             chip = replace(chip, firmware=attribute(file, r"[0-9.]{1,40}"))
-        reading = self.sense(chip)
+        reading = self.read_health(chip)
         if reading.fault == "resetting":  # a reset may bring other firmware: read that again
             chip = replace(chip, firmware="")
         return chip, reading
@@ -372,37 +358,28 @@ class Discovery:
     def identify(self, chip: Chip) -> Chip:
         """`chip` with all that sysfs tells about it."""
         folder = self.folder(chip.index)
-        device = f"{folder}/device"
         for pause in (0.0, 0.1):
             time.sleep(pause)
             card_type = attribute(f"{folder}/tt_card_type", CARD_TYPE)
-            asic_id, serial = (
-                hardware_id(f"{folder}/{name}") for name in ("tt_asic_id", "tt_serial")
-            )
+            asic_id, serial = (hardware_id(f"{folder}/tt_{name}") for name in ("asic_id", "serial"))
             # The driver makes the tt_* files one after another, and a bus that is dead for a moment
             # makes any type "unknown". Only what is the same a moment later is a fact.
             if not card_type or (card_type != "unknown" and asic_id):
                 break
-        arch = ARCHITECTURES.get(attribute(f"{device}/device"), "")
+        dev = attribute(f"{folder}/dev", r"[0-9]+:[0-9]+")
+        arch = ARCHITECTURES.get(attribute(f"{folder}/device/device"), "")
+        numa = attribute(f"{folder}/device/numa_node", r"[0-9]{1,4}")  # -1: the host does not know
+        iommu = attribute(f"{folder}/device/iommu_group/type", r"[A-Za-z-]{1,20}")
         # A p300 is paired by its serial. That of early boards ends in zeros and is not unique.
         unpaired = card_type.startswith("p300") and (serial or "")[8:] in ("", "0" * 8)
         nonsense = asic_id is None or (card_type == "unknown" and serial is None)
-        unidentified = "unidentified" if nonsense or unpaired or not arch else ""
-        dev = attribute(f"{folder}/dev", r"[0-9]+:[0-9]+")
-        numa_node = attribute(f"{device}/numa_node", r"[0-9]{1,4}")  # -1: the host does not know
-        return replace(
-            chip,
-            dev=dev,
-            arch=arch,
-            card_type=card_type,
-            asic_id=asic_id or "",
-            serial=serial or "",
-            numa_node=int(numa_node) if numa_node else None,
-            iommu=attribute(f"{device}/iommu_group/type", r"[A-Za-z-]{1,20}"),
-            unidentified=unidentified if card_type and dev else "pending",
-        )
+        unknown = "unidentified" if nonsense or unpaired or not arch else ""
+        chip = replace(chip, arch=arch, card_type=card_type, asic_id=asic_id or "")
+        chip = replace(chip, serial=serial or "", dev=dev, iommu=iommu)
+        chip = replace(chip, numa_node=int(numa) if numa else None)
+        return replace(chip, unknown=unknown if card_type and dev else "pending")
 
-    def sense(self, chip: Chip) -> Reading:
+    def read_health(self, chip: Chip) -> Reading:
         """One look at a chip's heartbeat and device node.
 
         A driver before 2.7 has no heartbeat, and could oops the kernel when read from while a chip
@@ -420,7 +397,7 @@ class Discovery:
             known = {errno.ENOENT: "", errno.ENODEV: "gone", errno.ENODATA: "resetting"}
             fault = known.get(error.errno or 0, "unreadable")
             detail = errno.errorcode.get(error.errno or 0, "unknown error")
-        node = f"{self.nodes}/{chip.index}"
+        node = f"{self.dev_folder}/{chip.index}"
         if fault in ("", "unreadable") and not is_device_node(node, chip.dev):
             fault = "no-node"
         return Reading(heartbeat, fault, detail)
@@ -430,25 +407,22 @@ class Discovery:
 #
 # Judged anew at each poll, in both directions. README's table "Health" is the specification.
 
-HEARTBEAT_S = 12.0
-"""A heartbeat that stays equal for longer is a hung chip: the firmware's own watchdog takes 10 s
-(auto_reset_timeout in tt-kmd module.c)."""
-
-HEARTBEAT_READS = 3
-"""... if it was read as equal so often: while this process is stopped, only time passes."""
-
+# A heartbeat that stays equal for longer is a hung chip: the firmware's own watchdog takes 10 s
+# (auto_reset_timeout in tt-kmd module.c). It must also be read as equal so often: while this
+# process is stopped, only time passes.
+HEARTBEAT_S, HEARTBEAT_READS = 12.0, 3
+# How long after a chip's appearance its telemetry may still come: the driver asks 120 times, once a
+# second (tt-kmd wormhole.c, since 2.4.0).
 TELEMETRY_S = 130.0
-"""How long after a chip's appearance its telemetry may still come: the driver asks 120 times, once
-a second (tt-kmd wormhole.c, since 2.4.0)."""
-
+# Kind of a verdict -> what is wrong and what to do, without the card's name and the time.
 REASONS = {
     "gone": "it is gone from sysfs: in a reset, unplugged, or the driver is unloaded; if it stays "
     "away, see dmesg; if it was taken out for good, restart the plugin, which then forgets it",
     "resetting": "it is being reset and does not answer yet; if this lasts for minutes, reset it "
     "again: tt-smi -r",
     "bus-dead": "its PCIe bus answers all ones: reset it with tt-smi -r, or power-cycle the host",
-    "no-node": "its device node /dev/tenstorrent/{chip.index} is missing or another device: is "
-    "--dev-root the host's /dev?",
+    "no-node": "its device node {chip.node} is missing or another device: is --dev-root the host's "
+    "/dev?",
     "hung": "its heartbeat has stopped, so its firmware hangs: reset it with tt-smi -r",
     "read-hangs": "a read of its sysfs files does not return: the driver hangs on it; see dmesg, "
     "and reboot if it stays",
@@ -467,13 +441,10 @@ REASONS = {
     "no-driver": "it has no device node: its PCI driver is {chip.driver}, not tenstorrent; see "
     "dmesg if it should be",
 }
-"""Kind of a verdict -> what is wrong and what to do, without the card's name and the time."""
-
+# Kinds that keep a card off the list if it was not on it, and the kind that is Healthy, with
+# something that the admin should know. All others are Unhealthy.
 NOT_OFFERED = ("pending", "no-telemetry", "unidentified", "half", "same-id", "no-driver")
-"""Kinds that keep a card off the list, if it was not on it. Others show it there, Unhealthy..."""
-
 HARMLESS = ("unreadable",)
-"""... except these: Healthy, with something that the admin should know."""
 
 
 def make_verdict(kind: str, **facts: object) -> Verdict:
@@ -483,11 +454,7 @@ def make_verdict(kind: str, **facts: object) -> Verdict:
 
 
 class HealthHistory:
-    """What is remembered of one chip while its class device exists. Times are time.monotonic().
-
-    A chip that has failed is trusted again after `recovery_beats` changes of its heartbeat: two
-    after it was hung, as one could be the last of a dying chip; one after a reset or a dead bus.
-    """
+    """What is remembered of one chip while its class device exists. Times are time.monotonic()."""
 
     def __init__(self, appeared: float) -> None:
         self.appeared = appeared
@@ -495,22 +462,24 @@ class HealthHistory:
         self.changed_at = appeared  # when it was first read as such
         self.equal_reads = 0  # how often it was read as equal since
         self.failure = ""  # the last one: hung, resetting or bus-dead
-        self.recovery_beats = 0  # changes still needed before the chip counts as Healthy
+        self.recovery_beats = 0  # heartbeat changes still needed before it counts as Healthy
 
     def update(self, chip: Chip, reading: Reading, now: float) -> Verdict:
         """Takes in one reading, and says what it means."""
         self._observe(reading, now)
         kind = reading.fault
-        if not kind or kind in HARMLESS:
-            kind = chip.unidentified or (self.failure if self.recovery_beats else kind)
+        if kind in ("", *HARMLESS) and self.recovery_beats:
+            kind = self.failure
+        if reading.fault in ("", *HARMLESS) and chip.unknown:
+            kind = chip.unknown
         if kind == "pending" and now - self.appeared > TELEMETRY_S:
             kind = "no-telemetry"
         return make_verdict(kind, chip=chip, detail=reading.detail) if kind else Verdict()
 
     def _observe(self, reading: Reading, now: float) -> None:
         if reading.fault in ("resetting", "bus-dead"):
-            self.failure, self.recovery_beats = reading.fault, 1
-            self.heartbeat = None  # the first one after a reset differs, and proves nothing
+            # Without the old heartbeat: the first one after a reset differs, and proves nothing.
+            self.failure, self.recovery_beats, self.heartbeat = reading.fault, 1, None
         elif reading.heartbeat is None:
             if not reading.fault:  # no such file: a driver before 2.7, or firmware without it
                 self.recovery_beats = 0
@@ -521,14 +490,13 @@ class HealthHistory:
         else:
             self.equal_reads += 1
             if self.equal_reads >= HEARTBEAT_READS and now - self.changed_at > HEARTBEAT_S:
+                # Two: one alone could be the last of a dying chip.
                 self.failure, self.recovery_beats = "hung", 2
 
 
 # ==== 5. Cards: chips -> cards -> the next snapshot; the polling thread, which wakes the streams ==
 
-READ_S = 2.0
-"""How long a poll waits for the reads of all chips together."""
-
+READ_S = 2.0  # how long a poll waits for the reads of all chips together
 Judged = tuple[Chip, Verdict]
 
 
@@ -546,8 +514,9 @@ def judge_card(members: Sequence[Judged], known: Card | None) -> Verdict:
         return make_verdict("same-id", here=here)
     order = (HEALTHY, PENDING, UNHEALTHY)
     chip, worst = max(members, key=lambda each: (order.index(each[1].health), each[1].reason))
-    several = wanted > 1 and worst.reason
-    return replace(worst, reason=f"chip {chip.pci}: {worst.reason}") if several else worst
+    if wanted > 1 and worst.reason:
+        worst = replace(worst, reason=f"chip {chip.pci}: {worst.reason}")
+    return worst
 
 
 def make_card(members: Sequence[Judged], known: Card | None, settings: Settings) -> Card:
@@ -560,23 +529,23 @@ def make_card(members: Sequence[Judged], known: Card | None, settings: Settings)
     model = first.arch if first.card_type == "unknown" else first.card_type
     if not settings.variants:
         model = re.sub(r"^(p\d+)[abc]$", r"\1", model)
-    offered = verdict.health != PENDING and not first.unidentified
-    if known:
-        offered, model = True, known.model if first.unidentified else model
-        health = UNHEALTHY if verdict.health == PENDING else verdict.health
-        verdict = replace(verdict, health=health)
+    if known and first.unknown:
+        model = known.model
+    if known and verdict.health == PENDING:
+        verdict = replace(verdict, health=UNHEALTHY)
+    offered = verdict.health != PENDING and not (first.unknown and not known)
     resource = f"{settings.resource_domain}/{model}" if offered else None
     return Card(first.card_id, model, resource, tuple(chips), verdict)
 
 
 def next_snapshot(
-    old: Snapshot, judged: Iterable[Judged], settings: Settings, now: float, wall: float
+    old: Snapshot, judged: Iterable[Judged], settings: Settings, now: float
 ) -> Snapshot:
     """The snapshot that follows from the last one and one poll. `judged` may be in any order.
 
-    `now` is time.monotonic(), `wall` time.time(). A card that was offered stays, also when it is
-    gone: a Pod may still hold it, and its container gets a reason when it restarts. Whether one
-    does, the plugin cannot know. So a card that was replaced stays until the plugin restarts.
+    `now` is time.monotonic(). A card that was offered stays, also when it is gone: a Pod may still
+    hold it, and its container gets a reason when it restarts. Whether one does, the plugin cannot
+    know. So a card that was replaced stays until the plugin restarts.
     """
     # A chip that is seen twice, as at the end of a reset (tt-kmd#112), counts with its higher N.
     by_pci = {each[0].pci: each for each in sorted(judged, key=lambda each: each[0].index)}
@@ -587,12 +556,10 @@ def next_snapshot(
     cards = [make_card(group, offered.get(card_id), settings) for card_id, group in groups.items()]
     gone = make_verdict("gone")
     cards += [replace(card, verdict=gone) for card in offered.values() if card.id not in groups]
-    before = {card.id: card.verdict for card in old.cards}
+    before = {(card.id, card.verdict.health): card.verdict.since for card in old.cards}
     for i, card in enumerate(cards):
-        last = before.get(card.id, Verdict(""))
-        same = last.health == card.verdict.health
-        since, began = (last.since, last.began) if same else (wall, now)
-        cards[i] = replace(card, verdict=replace(card.verdict, since=since, began=began))
+        since = before.get((card.id, card.verdict.health), now)
+        cards[i] = replace(card, verdict=replace(card.verdict, since=since))
     cards.sort(key=lambda card: (not card.resource, card.resource or "", card.chips[0].pci))
     return replace(old, cards=tuple(cards), polled=True)
 
@@ -604,60 +571,58 @@ class ChipReader:
     """
 
     def __init__(self, discovery: Discovery, chip: Chip) -> None:
-        self.chip = chip  # as the newest read has identified it
-        self.reading = Reading()
+        self.newest = chip, Reading()  # as the last read that has returned found them
         self.history = HealthHistory(time.monotonic())
-        self.busy = False  # asked, and not back yet
-        self._discovery = discovery
-        self._requests: queue.SimpleQueue[Chip | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[Chip, Reading]] = queue.SimpleQueue()
+        self.idle = threading.Event()  # cleared while a read is under way
+        self.idle.set()
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         # A daemon: one that hangs in a read must not keep the process from ending.
-        threading.Thread(target=self._run, name=f"chip {chip.pci}", daemon=True).start()
+        name = f"chip {chip.pci}"
+        threading.Thread(target=self._run, args=(discovery,), name=name, daemon=True).start()
 
     def ask(self) -> bool:
         """Starts a read, unless the last one is still under way. Returns whether it did."""
-        self.wait(0)
-        if self.busy:
+        if not self.idle.is_set():
             return False
-        self.busy = True
-        self._requests.put(self.chip)
+        self.idle.clear()
+        self._requests.put(True)
+        # Chip after chip, as all threads at once would cost three times the CPU time, but so
+        # shortly that chips that hang do not add up.
+        self.idle.wait(0.002)
         return True
-
-    def wait(self, seconds: float) -> None:
-        """Takes in what was read, if it comes in time."""
-        if self.busy:
-            with contextlib.suppress(queue.Empty):
-                self.chip, self.reading = self._answers.get(timeout=seconds)
-                self.busy = False
 
     def judge(self, now: float) -> Judged:
         """The chip, and what its newest reading means, or that there is none."""
-        reading = Reading(fault="read-hangs") if self.busy else self.reading
-        return self.chip, self.history.update(self.chip, reading, now)
+        hangs = not self.idle.is_set()
+        chip, reading = self.newest
+        return chip, self.history.update(
+            chip, Reading(fault="read-hangs") if hangs else reading, now
+        )
 
     def end(self) -> None:
         """Lets the thread end, once its read has returned."""
-        self._requests.put(None)
+        self._requests.put(False)
 
-    def _run(self) -> None:
-        while (chip := self._requests.get()) is not None:
+    def _run(self, discovery: Discovery) -> None:
+        while self._requests.get():
+            chip, _ = self.newest
             try:
-                self._answers.put(self._discovery.look_at(chip))
+                self.newest = discovery.read(chip)
             except Exception as error:  # a defect costs this chip's readings, not all polls
                 log.exception("chip %s cannot be read", chip.pci)
-                self._answers.put((chip, Reading(None, "unreadable", repr(error))))
+                self.newest = chip, Reading(None, "unreadable", repr(error))
+            self.idle.set()
 
 
 class Inventory:
     """The newest snapshot, and the polling thread that makes it."""
 
     def __init__(self, settings: Settings, discovery: Discovery | None = None) -> None:
-        self.settings = settings
-        self.discovery = discovery or Discovery(settings)
+        self.settings, self.discovery = settings, discovery or Discovery(settings)
         self.snapshot = Snapshot()
         self.changed = asyncio.Condition()  # notified after each change of the cards
         self.on_snapshot: list[Callable[[Snapshot, Snapshot], object]] = []  # after each poll
-        self.readers: dict[Place, ChipReader] = {}  # replaced, never changed
+        self.readers: dict[ClassDevice, ChipReader] = {}
         self.failure = LogOnChange()  # why the last poll failed
         self.polled_at = time.monotonic()  # when the last poll that did not fail ended
         self._bare: list[Chip] = []  # PCI functions without a class device
@@ -681,64 +646,49 @@ class Inventory:
             self.changed.notify_all()
 
     def poll(self, now: float) -> None:
-        """One pass: find the chips, read, judge, publish. Takes about 2 s at most. Raises OSError
-        for what is no chip's fault, such as a lack of file descriptors."""
-        bare, driver = self._find_chips()
-        spare, asked = 0.5, []
-        for reader in self.readers.values():
-            if reader.ask():
-                asked.append(reader)
-                # Chip after chip, as all threads at once would cost three times the CPU time, but
-                # half a second in all: chips that hang must not add up.
-                reader.wait(max(0.0, min(0.02, spare)))
-                spare -= 0.02 * reader.busy
-        until, moment = time.monotonic() + READ_S, 0.05
+        """One pass: find the chips, read, judge, publish. Takes 2 s and a little more at most.
+        Raises OSError for what is no chip's fault, such as a lack of file descriptors."""
+        self._find_chips()
+        asked = [reader for reader in self.readers.values() if reader.ask()]
+        until = time.monotonic() + READ_S
         for reader in asked:
-            # One moment more: after a SIGSTOP the clock has jumped, and no thread has run yet.
-            left = until - time.monotonic()
-            reader.wait(max(left, moment))
-            moment = moment if left > 0 else 0.0
+            # A moment at least: after a SIGSTOP the clock has jumped, and no thread has run yet.
+            reader.idle.wait(max(0.01, until - time.monotonic()))
         judged = [reader.judge(now) for reader in self.readers.values()]
-        for chip in bare:  # the driver is bound a moment before it has made the class device
+        for chip in self._bare:  # the driver is bound a moment before it has made the class device
             kind = "pending" if chip.driver == "tenstorrent" else "no-driver"
             judged.append((chip, make_verdict(kind, chip=chip)))
-        old = replace(self.snapshot, driver=driver)
-        self._publish(next_snapshot(old, judged, self.settings, now, time.time()))
+        old = replace(self.snapshot, driver=self.discovery.driver_version())
+        self._publish(next_snapshot(old, judged, self.settings, now))
 
-    def _find_chips(self) -> tuple[list[Chip], str]:
-        """A reader for each class device. Returns the PCI functions without one, and the driver."""
-        readers: dict[Place, ChipReader] = {}
-        for place in self.discovery.places():
-            if place in self.readers:
-                readers[place] = self.readers[place]
-            elif chip := self.discovery.locate(place):
-                readers[place] = ChipReader(self.discovery, chip)
-        there = {reader.chip.pci for reader in readers.values()}
-        for place in self.readers.keys() - readers.keys():
-            self.readers[place].end()
-        bare, driver = self._bare, self.snapshot.driver
-        changed, self.readers = readers.keys() != self.readers.keys(), readers
+    def _find_chips(self) -> None:
+        """Updates the readers, one for each class device, and the PCI functions without one."""
+        before = set(self.readers)
+        found = {chip.class_device: chip for chip in self.discovery.chips()}
+        for each in before - found.keys():
+            self.readers.pop(each).end()
+        for each in [each for each in found if each not in before]:
+            self.readers[each] = ChipReader(self.discovery, found[each])
         # Where a function has no class device, its driver may change, or the function go.
-        if not self.snapshot.polled or bare or changed:
-            bare = [chip for chip in self.discovery.functions() if chip.pci not in there]
-            driver = self.discovery.driver()
-        self._bare = bare
-        return bare, driver
+        if not self.snapshot.polled or self._bare or before != self.readers.keys():
+            there = {pci for _, _, pci in self.readers}
+            functions = self.discovery.pci_functions()
+            self._bare = [chip for chip in functions if chip.pci not in there]
 
     def _publish(self, new: Snapshot) -> None:
         with self._lock:
             if self._stopped.is_set():
                 return
             old, self.snapshot = self.snapshot, new
-            # First of all: a wake-up that is lost is a change that the kubelet never hears of.
+            # Before the callbacks, which may fail: the kubelet must hear of every change.
             if self._loop and new != old:
                 asyncio.run_coroutine_threadsafe(self.notify(), self._loop)
-        self.polled_at = time.monotonic()
-        for callback in self.on_snapshot:
-            try:
-                callback(old, new)
-            except Exception:
-                log.exception("a part of the plugin has missed a change of the cards")
+            self.polled_at = time.monotonic()
+            for callback in self.on_snapshot:
+                try:
+                    callback(old, new)
+                except Exception:
+                    log.exception("a part of the plugin has missed a change of the cards")
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -746,12 +696,11 @@ class Inventory:
             try:
                 self.poll(began)
                 self.failure.set("", "the cards can be looked for again")
-            except OSError as error:
-                self.failure.set(f"cannot look for cards, the last list stands: {error}")
-            except Exception as error:  # a defect must cost one poll, not all that follow
-                if not self.failure.problem:
-                    log.exception("a poll failed, the last list stands")
-                self.failure.set(f"polls fail, the last list stands: {error!r}")
+            except Exception as error:  # it must cost one poll, not all that follow
+                if not isinstance(error, OSError) and not self.failure.problem:
+                    log.exception("a poll failed")
+                problem = f"{type(error).__name__}: {error}"
+                self.failure.set(f"cannot look for cards, the last list stands: {problem}")
             self._stopped.wait(max(0.0, began + self.settings.poll_seconds - time.monotonic()))
 
 
@@ -761,19 +710,16 @@ class Inventory:
 # Pod on the node. So no call opens a file or waits for a thread. They look at links, folders and
 # device nodes, which never reaches the driver.
 
-HUGEPAGES = "/dev/hugepages-1G"
-"""Where the user-mode driver insists on 1 GiB pages inside the container (tt-umd hugepage.cpp)."""
-
+HUGEPAGES = "/dev/hugepages-1G"  # where tt-umd hugepage.cpp insists on 1 GiB pages in a container
+# Announced twice: kubelet 1.20 takes them from Register, 1.32 from GetDevicePluginOptions.
 OPTIONS = api.DevicePluginOptions(pre_start_required=True, get_preferred_allocation_available=True)
-"""Announced twice: kubelet 1.20 takes them from Register, 1.32 from GetDevicePluginOptions."""
+# (cards by ID, available IDs, IDs that it must have, size) -> the IDs that suit best
+Choose = Callable[[Mapping[str, Card], Sequence[str], Sequence[str], int], list[str]]
+CdiNames = Callable[[Sequence[Card]], list[str]]  # [] if not all of the cards have one
 
 
 class Refusal(Exception):
-    """A call that is refused: a gRPC status, and a sentence that ends up in the Pod's event."""
-
-    def __init__(self, code: StatusCode, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
+    """A call that is refused: the name of a gRPC status, and a sentence for the Pod's event."""
 
 
 @dataclass
@@ -781,11 +727,15 @@ class Shared:
     """What all registrations of all resources share. Only the event loop writes to it."""
 
     inventory: Inventory
-    # (cards by ID, available IDs, IDs that it must have, size) -> the IDs that suit best
-    choose: Callable[[Mapping[str, Card], Sequence[str], Sequence[str], int], list[str]]
-    cdi_names: Callable[[Sequence[Card]], list[str]]  # [] if not all of them have one
-    counts: Counter[tuple[str, ...]] = field(default_factory=Counter)  # (metric, labels...) -> n
+    choose: Choose
+    cdi_names: CdiNames
+    counts: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     allocated: dict[str, list[str]] = field(default_factory=dict)  # card ID -> its host paths then
+
+    def count(self, metric: str, by: int = 1, **labels: str) -> None:
+        """Adds to a counter of /metrics."""
+        key = (metric, *labels.items())
+        self.counts[key] += by
 
 
 def device_list(snapshot: Snapshot, resource: str) -> api.ListAndWatchResponse:
@@ -808,16 +758,35 @@ def resolve_cards(snapshot: Snapshot, resource: str, ids: Sequence[str]) -> list
     """The cards of `ids`, by PCI address. Raises Refusal: no ID, one named twice, or unknown."""
     cards = snapshot.of(resource)
     if not ids:
-        raise Refusal(StatusCode.INVALID_ARGUMENT, f"no card IDs of {resource} in the request")
+        raise Refusal("INVALID_ARGUMENT", f"no card IDs of {resource} in the request")
     for card_id, count in Counter(ids).items():
-        name = repr(card_id[:80])
+        name = f"{card_id[:80]!r} of {resource}"
         if card_id not in cards:
-            sentence = f"there is no card {name} of {resource} on this node"
-            raise Refusal(StatusCode.NOT_FOUND, sentence)
+            raise Refusal("NOT_FOUND", f"there is no card {name} on this node")
         if count > 1:
-            sentence = f"the card ID {name} of {resource} is named twice in one request"
-            raise Refusal(StatusCode.INVALID_ARGUMENT, sentence)
+            raise Refusal("INVALID_ARGUMENT", f"the card ID {name} is named twice in one request")
     return sorted((cards[card_id] for card_id in ids), key=lambda card: card.chips[0].pci)
+
+
+def utc(moment: float) -> str:
+    """A moment of time.monotonic() as an RFC 3339 text of whole seconds."""
+    seconds = time.time() - time.monotonic() + moment
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def find_problem(discovery: Discovery, card: Card) -> str:
+    """Why no container may have `card` now; "" if one may."""
+    if card.verdict.health != HEALTHY:
+        return f"not healthy since {utc(card.verdict.since)}: {card.verdict.reason}"
+    for chip in card.chips:
+        # The snapshot may be a poll old, and a chip that is probed takes the lowest N at once.
+        there = discovery.chip_at(chip.index)
+        if not there or there.class_device != chip.class_device:
+            moved = "it was reset or removed a moment ago; try again"
+            return f"{chip.node} is no longer chip {chip.pci}: {moved}"
+        if not is_device_node(f"{discovery.dev_folder}/{chip.index}", chip.dev):
+            return REASONS["no-node"].format(chip=chip)
+    return ""
 
 
 def host_paths(inventory: Inventory, card: Card) -> list[str]:
@@ -827,41 +796,28 @@ def host_paths(inventory: Inventory, card: Card) -> list[str]:
     repeats this answer at each restart of the container, and the runtime resolves the link anew:
     after a reset that gave the chip another N, the container has the right one (tt-kmd#170).
     """
-    discovery, paths, problem = inventory.discovery, [], ""
-    if card.verdict.health != HEALTHY:
-        problem = f"not healthy since {utc(card.verdict.since)}: {card.verdict.reason}"
-    for chip in card.chips if not problem else ():
-        by_id = f"{discovery.nodes}/by-id/{chip.id}"
-        # The snapshot may be a poll old, and a chip that is probed takes the lowest N at once.
-        if discovery.place(chip.index) != chip.place:
-            problem = (
-                f"/dev/tenstorrent/{chip.index} is no longer chip {chip.pci}: it was reset or "
-            )
-            problem += "removed a moment ago; try again"
-        elif not is_device_node(f"{discovery.nodes}/{chip.index}", chip.dev):
-            problem = REASONS["no-node"].format(chip=chip)
-        name = f"by-id/{chip.id}" if is_device_node(by_id, chip.dev) else str(chip.index)
-        paths.append(os.devnull if inventory.settings.fake else f"/dev/tenstorrent/{name}")
-    if problem:
-        raise Refusal(StatusCode.FAILED_PRECONDITION, f"{card}: {problem}")
+    if problem := find_problem(inventory.discovery, card):
+        raise Refusal("FAILED_PRECONDITION", f"{card}: {problem}")
+    if inventory.settings.fake:
+        return [os.devnull for _ in card.chips]
+    folder, paths = inventory.discovery.dev_folder, []
+    for chip in card.chips:
+        linked = is_device_node(f"{folder}/by-id/{chip.id}", chip.dev)
+        paths.append(f"/dev/tenstorrent/by-id/{chip.id}" if linked else chip.node)
     return paths
-
-
-def utc(seconds: float) -> str:
-    """time.time() as an RFC 3339 text of whole seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def wants_hugepages(settings: Settings, chips: Iterable[Chip]) -> bool:
     """Whether to mount the host's 1 GiB pages. Behind a DMA IOMMU domain, a chip needs none
     (tt-umd pci_device.cpp)."""
+    if settings.hugepages != "auto":
+        return settings.hugepages == "always"
     needed = not all(chip.iommu.startswith("DMA") for chip in chips)
-    auto = needed and os.path.isdir(f"{settings.dev_root}/hugepages-1G")
-    return {"always": True, "never": False}.get(settings.hugepages, auto)
+    return needed and os.path.isdir(f"{settings.dev_root}/hugepages-1G")
 
 
 def container_response(
-    settings: Settings, resource: str, chips: Sequence[Chip], paths: Sequence[str]
+    settings: Settings, resource: str, chips: Sequence[Chip], paths: Iterable[str]
 ) -> api.ContainerAllocateResponse:
     """What one container gets for its `chips`, whose device nodes are at `paths` on the host.
 
@@ -871,8 +827,7 @@ def container_response(
     """
     answer = api.ContainerAllocateResponse()
     for chip, path in zip(chips, paths, strict=True):
-        inside = f"/dev/tenstorrent/{chip.index}"
-        answer.devices.add(container_path=inside, host_path=path, permissions="rw")
+        answer.devices.add(container_path=chip.node, host_path=path, permissions="rw")
     name = "PCIDEVICE_" + re.sub("[^A-Z0-9]", "_", resource.upper())
     answer.envs[name] = ",".join(chip.pci for chip in chips)
     if wants_hugepages(settings, chips):
@@ -881,17 +836,19 @@ def container_response(
 
 
 def refusing(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-    """`call` as a gRPC method: the Refusal that it raises becomes a status, logged and counted."""
+    """`call(self, request)` as the coroutine that gRPC expects: a Refusal that it raises becomes a
+    status, logged and counted."""
 
     @functools.wraps(call)
     async def method(self: DevicePlugin, request: Any, context: Any) -> Any:
         try:
             return call(self, request)
         except Refusal as refusal:
-            where, extra = (call.__name__, self.resource), {"resource": self.resource}
-            self.shared.counts["refusals", self.resource, call.__name__, refusal.code.name] += 1
-            log.warning("%s of %s refused: %s", *where, refusal, extra=extra)
-            return await context.abort(refusal.code, str(refusal))
+            (code, sentence), name, resource = refusal.args, call.__name__, self.resource
+            self.shared.count("refusals_total", resource=resource, call=name, code=code)
+            extra = {"resource": resource}
+            log.warning("%s of %s refused: %s", name, resource, sentence, extra=extra)
+            return await context.abort(StatusCode[code], sentence)
 
     return method
 
@@ -906,12 +863,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
     def __init__(self, shared: Shared, resource: str) -> None:
         self.shared, self.resource, self.inventory = shared, resource, shared.inventory
         self.opened, self.ended = asyncio.Event(), asyncio.Event()
-        self.closing = False
-
-    async def close(self) -> None:
-        """Ends all streams. Calls under way are finished."""
-        self.closing = True
-        await self.inventory.notify()
+        self.closing = False  # set to end all streams
 
     async def GetDevicePluginOptions(self, request: Any, context: Any) -> api.DevicePluginOptions:
         """The same options as in Register."""
@@ -920,17 +872,18 @@ class DevicePlugin(rpc.DevicePluginServicer):
     # A coroutine that writes, not a generator: its `finally` runs as soon as the call is cancelled.
     async def ListAndWatch(self, request: Any, context: Any) -> None:  # type: ignore[override]
         """The list at once, and again when it differs from what *this* stream has sent last."""
-        first, changed = not self.opened.is_set(), self.inventory.changed
+        first, sent = not self.opened.is_set(), None
+
+        def outdated() -> bool:
+            return self.closing or sent != device_list(self.inventory.snapshot, self.resource)
+
         self.opened.set()
         try:
             while not self.closing:
                 sent = device_list(self.inventory.snapshot, self.resource)
                 await context.write(sent)
-                async with changed:
-                    while not self.closing and sent == device_list(
-                        self.inventory.snapshot, self.resource
-                    ):
-                        await changed.wait()
+                async with self.inventory.changed:
+                    await self.inventory.changed.wait_for(outdated)
         finally:  # also when it is cancelled: the kubelet has ended, or has dropped this stream
             if first:
                 self.ended.set()
@@ -950,39 +903,36 @@ class DevicePlugin(rpc.DevicePluginServicer):
         """What each container gets. All or nothing: one card refused refuses the request."""
         snapshot, settings = self.inventory.snapshot, self.inventory.settings
         containers = [list(each.devices_ids) for each in request.container_requests]
-        resolve_cards(snapshot, self.resource, list(chain(*containers)))  # no card for two of them
-        answer = api.AllocateResponse()
-        allocated: dict[str, list[str]] = {}
+        # One card may not go to two containers: the IDs of all must be different.
+        given = resolve_cards(snapshot, self.resource, list(chain(*containers)))
+        answer, allocated = api.AllocateResponse(), dict[str, list[str]]()
         for ids in containers:
             cards = resolve_cards(snapshot, self.resource, ids)
             paths = {card.id: host_paths(self.inventory, card) for card in cards}
             chips = [chip for card in cards for chip in card.chips]
-            nodes = list(chain(*paths.values()))
-            response = container_response(settings, self.resource, chips, nodes)
+            one = container_response(settings, self.resource, chips, chain(*paths.values()))
             names = self.shared.cdi_names(cards)
-            response.cdi_devices.extend(api.CDIDevice(name=name) for name in names)
-            answer.container_responses.append(response)
+            one.cdi_devices.extend(api.CDIDevice(name=name) for name in names)
+            answer.container_responses.append(one)
             # CDI takes no links: a card that has moved would be two device nodes for one chip.
             allocated |= {card.id: card.device_nodes for card in cards} if names else paths
         self.shared.allocated |= allocated
-        self.shared.counts["allocations", self.resource] += len(containers)
-        given = ", ".join(str(snapshot.of(self.resource)[card_id]) for card_id in allocated)
-        log.info("allocated %s", given, extra={"resource": self.resource})
+        self.shared.count("allocations_total", len(containers), resource=self.resource)
+        text, extra = ", ".join(map(str, given)), {"resource": self.resource}
+        log.info("allocated %s", text, extra=extra)
         return answer
 
     @refusing
     def PreStartContainer(self, request: Any) -> api.PreStartContainerResponse:
         """Refuses a card that is not healthy, or that has moved since the container's Allocate."""
         for card in resolve_cards(self.inventory.snapshot, self.resource, request.devices_ids):
-            now = host_paths(self.inventory, card)
-            then = self.shared.allocated.get(card.id, now)
-            if then not in (now, card.device_nodes):
-                raise Refusal(
-                    StatusCode.FAILED_PRECONDITION,
-                    f"{card}: it was {', '.join(then)} when this Pod was admitted: delete the Pod, "
-                    "so that a new one gets the right device (/dev/tenstorrent/by-id on the host "
-                    "avoids this)",
-                )
+            usable = host_paths(self.inventory, card), card.device_nodes
+            promised = self.shared.allocated.get(card.id, card.device_nodes)
+            if promised not in usable:
+                sentence = f"{card}: it was {', '.join(promised)} when this Pod was admitted: "
+                sentence += "delete the Pod, so that a new one gets the right device "
+                sentence += "(/dev/tenstorrent/by-id on the host avoids this)"
+                raise Refusal("FAILED_PRECONDITION", sentence)
         return api.PreStartContainerResponse()
 
 
@@ -992,34 +942,23 @@ class DevicePlugin(rpc.DevicePluginServicer):
 # system: a kubelet drops a stream and keeps running; or, up to 1.36, the end of an older stream of
 # the same resource disconnects the newer registration for good (handler.go).
 
+# How often to look for a kubelet and the lock. To register takes a few ms; 0.1 s is promised.
 PACE_S = 0.05
-"""How often to look for a kubelet and the lock. To register takes a few ms; 0.1 s is promised."""
-
+# Limit of Register: from 1.32 the kubelet dials back inside it, for 10 s at most (endpoint.go).
 REGISTER_S = 12.0
-"""Limit of Register: from 1.32 the kubelet dials back inside it, for 10 s at most (endpoint.go)."""
-
-STREAM_S = 5.0
-"""How soon after Register the kubelet must open its stream."""
-
-FAILED_BACKOFF_S, DROPPED_BACKOFF_S = (0.1, 5.0), (0.002, 0.03)
-"""How long a kubelet is left alone that has failed a registration, or that has dropped a stream
-within a second: the first time, and at most. It doubles each time. Another kubelet is met at once.
-"""
-
-STOP_S = 0.2
-"""Grace for calls under way when a server stops. Its streams end by themselves."""
-
-REQUEST_BYTES = 256 * 1024
-"""Largest request, ten times the IDs of the largest node. gRPC refuses a larger one early."""
-
+STREAM_S = 5.0  # how soon after Register the kubelet must open its stream
+# How long one kubelet is left alone: 4 ms at first, then twice as long each time, up to this if it
+# has failed a registration, or has dropped a stream within a second. Another one is met at once.
+FAILED_S, DROPPED_S = 5.0, 0.03
+STOP_S = 0.2  # grace for calls under way when a server stops; its streams end by themselves
+REQUEST_BYTES = 256 * 1024  # largest request: ten times the IDs of the largest node
 SOCKET = "tenstorrent-{model}-{token}.sock"
 
 
 def accepts_connections(path: Path) -> bool:
     """Whether a process accepts connections there. A socket file proves nothing: it exists before
     listen() and after a crash. Raises OSError for a problem on this side."""
-    kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_UNIX, kind) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(os.fspath(path))
         except (FileNotFoundError, NotADirectoryError, ConnectionError, BlockingIOError):
@@ -1040,28 +979,20 @@ class InstanceLock:
 
     def try_acquire(self) -> str:
         """An empty text if the lock is held now, else what it waits for. Raises CannotWork."""
-        standby_reason = ""
+        problem = standby_reason = ""
         try:
-            there = os.stat(self.folder)
-            # A folder that was made anew is another one, and to be locked again.
-            if self.held and os.path.samestat(there, os.fstat(self._fd)):
-                if there.st_nlink:
-                    return ""
-                reason = "was deleted on the host, and a mount shows the deleted one: start again"
-                raise CannotWork(f"{self.folder} {reason}")
-            self.release()
-            self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if not os.access(self.folder, os.W_OK | os.X_OK, effective_ids=True):
-                raise PermissionError
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.held = True
-            self._remove_stale_sockets()
-            return ""
+            if not self._still_held():
+                self.release()
+                self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                if not os.access(self.folder, os.W_OK | os.X_OK, effective_ids=True):
+                    raise PermissionError
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.held = True
+                self._remove_stale_sockets()
         except FileNotFoundError:
-            return f"{self.folder} is not there yet: waiting for a kubelet that makes it"
+            problem = f"{self.folder} is not there yet: waiting for a kubelet that makes it"
         except BlockingIOError:
             standby_reason = f"another instance serves {self.folder}: standing by until it ends"
-            return standby_reason
         except PermissionError as error:
             raise CannotWork(
                 f"uid {os.geteuid()} cannot make sockets in {self.folder}. The kubelet makes this "
@@ -1069,9 +1000,9 @@ class InstanceLock:
                 "the folder mounted for writing"
             ) from error
         except OSError as error:
-            return f"cannot lock {self.folder}: {error.strerror}"
-        finally:
-            self.standby_reason = standby_reason  # in one step: /readyz reads it in another thread
+            problem = f"cannot lock {self.folder}: {error.strerror}"
+        self.standby_reason = standby_reason  # in one step: /readyz reads it in another thread
+        return problem or standby_reason
 
     def release(self) -> None:
         """Lets the next instance in."""
@@ -1079,12 +1010,20 @@ class InstanceLock:
             os.close(self._fd)
         self._fd, self.held = -1, False
 
+    def _still_held(self) -> bool:
+        # A folder that was made anew is another one, and to be locked again.
+        there = os.stat(self.folder)
+        if not self.held or not os.path.samestat(there, os.fstat(self._fd)):
+            return False
+        if not there.st_nlink:
+            reason = "was deleted on the host, and a mount shows the deleted one: start again"
+            raise CannotWork(f"{self.folder} {reason}")
+        return True
+
     def _remove_stale_sockets(self) -> None:
-        pattern = SOCKET.format(model=".+", token="[0-9a-f]{6}").replace(".sock", r"\.sock")
-        for path in sorted(self.folder.iterdir()):
+        for path in self.folder.glob(SOCKET.format(model="?*", token="[0-9a-f]" * 6)):
             with contextlib.suppress(OSError):
-                ours = re.fullmatch(pattern, path.name) and path.is_socket()
-                if ours and not accepts_connections(path):
+                if path.is_socket() and not accepts_connections(path):
                     path.unlink()
                     log.info("removed %s: left behind by an instance that was killed", path.name)
 
@@ -1114,6 +1053,19 @@ async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 @contextlib.asynccontextmanager
+async def running(server: grpc.aio.Server) -> AsyncIterator[None]:
+    """Starts a gRPC server, and stops it at the end."""
+    # Shielded: a start() that is cancelled half-way would make stop() raise InvalidStateError.
+    starting = asyncio.create_task(server.start())
+    try:
+        await asyncio.shield(starting)
+        yield
+    finally:
+        await asyncio.shield(starting)
+        await server.stop(STOP_S)
+
+
+@contextlib.asynccontextmanager
 async def serving(plugin: DevicePlugin, folder: Path) -> AsyncIterator[str]:
     """Serves `plugin` on a new socket in `folder`; gives its name. Raises OSError.
 
@@ -1129,23 +1081,16 @@ async def serving(plugin: DevicePlugin, folder: Path) -> AsyncIterator[str]:
     except RuntimeError as error:  # grpcio does not say why
         reason = f"cannot make a socket in {folder} (no space, no inodes?)"
         raise OSError(errno.EIO, reason) from error
-    # Shielded: a start() that is cancelled half-way would make stop() raise InvalidStateError.
-    starting = asyncio.create_task(server.start())
     try:
-        await asyncio.shield(starting)
-        yield path.name
-    finally:
-        await plugin.close()
-        try:
-            await asyncio.shield(starting)
-            await server.stop(STOP_S)
-        finally:  # gRPC may have removed it, or a kubelet at its start
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-class NoStream(Exception):
-    """The kubelet has accepted a registration, but has not opened its stream: why."""
+        async with running(server):
+            try:
+                yield path.name
+            finally:  # its streams end; calls under way are finished
+                plugin.closing = True
+                await plugin.inventory.notify()
+    finally:  # gRPC may have removed it, or a kubelet at its start
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 class Registrar:
@@ -1162,11 +1107,10 @@ class Registrar:
 
     def registration_status(self) -> dict[str, str]:
         """Resource -> "" if it is registered, else why not. Callable in any thread."""
-        status = {}
-        for resource in self.inventory.snapshot.resources:
-            refused = self._refused.get(resource, self._waiting)
-            why = self._waiting.problem or refused.problem or "waiting for the kubelet's answer"
-            why = "" if resource in self._registered else why.removeprefix(f"{resource}: ")
+        status = dict.fromkeys(self.inventory.snapshot.resources, "")
+        for resource in status.keys() - self._registered:
+            refused = self._refused.get(resource, self._waiting).problem
+            why = self._waiting.problem or refused or "waiting for the kubelet's answer"
             status[resource] = why
         return status
 
@@ -1189,38 +1133,28 @@ class Registrar:
             await cancel_and_wait(tasks.values())
 
     async def _wait_for_others_than(self, resources: Sequence[str]) -> None:
-        async with self.inventory.changed:
-            while self.inventory.snapshot.resources == resources:
-                await self.inventory.changed.wait()
+        changed = self.inventory.changed
+        async with changed:
+            await changed.wait_for(lambda: self.inventory.snapshot.resources != resources)
 
     async def run_resource(self, resource: str) -> None:
         """The loop. Whatever ends one registration, the next follows. Raises CannotWork."""
-        refused = self._refused[resource] = LogOnChange()
+        refused = self._refused[resource] = LogOnChange(f"{resource}: ")
         kubelet, tries, cause, problem = None, 0, "start", ""
         while True:
-            shortest, longest = FAILED_BACKOFF_S if problem else DROPPED_BACKOFF_S
-            backoff = min(longest, shortest * 2 ** (tries - 1)) if tries else 0.0
+            backoff = min(FAILED_S if problem else DROPPED_S, 0.002 * 2**tries) if tries else 0.0
             kubelet = await self.wait_for_kubelet(kubelet, backoff)
-            began, problem = time.monotonic(), ""
+            began = time.monotonic()
             try:
-                await self.register_once(resource, kubelet, cause)
-                cause = "stream-ended"
-            except NoStream as error:
-                cause, problem = "no-stream", f"the kubelet has accepted it, but {error}"
-            except grpc.aio.AioRpcError as error:
-                with contextlib.suppress(OSError):
-                    if accepts_connections(self.kubelet):  # else it has ended, and that is all
-                        answer = f"{error.code().name}: {error.details()}"
-                        problem = f"the kubelet has not registered it: {answer}"
-                        cause = "register-failed"
+                cause, problem = await self.register_once(resource, kubelet, cause)
             except OSError as error:
                 cause, problem = "no-socket", str(error.strerror)
             except Exception as error:  # a defect must cost one try, not the resource
                 log.exception("registering %s failed", resource)
                 cause, problem = "defect", repr(error)
             lasted = not problem and time.monotonic() - began > 1
-            tries = 0 if lasted else min(tries + 1, 10)
-            refused.set(f"{resource}: {problem}; trying again" if problem else "")
+            tries = 0 if lasted else min(tries + 1, 20)
+            refused.set(f"{problem}; trying again" if problem else "")
 
     async def wait_for_kubelet(self, last: FileId | None, backoff: float) -> FileId:
         """Returns once this instance holds the lock and a kubelet listens: which one. The `last`
@@ -1241,30 +1175,30 @@ class Registrar:
             except OSError as error:
                 self._waiting.set(f"cannot reach the kubelet at {self.kubelet}: {error.strerror}")
 
-    async def register_once(self, resource: str, kubelet: FileId, cause: str) -> None:
+    async def register_once(self, resource: str, kubelet: FileId, cause: str) -> tuple[str, str]:
         """One registration, from its socket to the end of its stream. `cause`: what ended the last
-        one. Raises AioRpcError, NoStream, OSError."""
+        one. Returns what ended this one, and what was wrong, or "". Raises OSError."""
         plugin, extra = DevicePlugin(self.shared, resource), {"resource": resource, "reason": cause}
-        target = "unix:" + urllib.parse.quote(os.fspath(self.kubelet))
-        # A pool of its own: the shared one remembers a failed dial, and delays the next by 1 s.
-        options = [("grpc.use_local_subchannel_pool", 1)]
         async with serving(plugin, self.folder) as endpoint:
-            async with grpc.aio.insecure_channel(target, options=options) as channel:
-                request = api.RegisterRequest(version="v1beta1", endpoint=endpoint)
-                request.resource_name = resource
-                request.options.CopyFrom(OPTIONS)
-                await rpc.RegistrationStub(channel).Register(request, timeout=REGISTER_S)
+            try:
+                await self._register(resource, endpoint)
+            except grpc.aio.AioRpcError as error:
+                if not accepts_connections(self.kubelet):  # it has ended, and that is all
+                    return cause, ""
+                answer = f"{error.code().name}: {error.details()}"
+                return "register-failed", f"the kubelet has not registered it: {answer}"
             until = time.monotonic() + STREAM_S
             while not plugin.opened.is_set():
                 # A kubelet that has just ended leaves no stream whose end would tell.
                 if file_id(self.kubelet) != kubelet:
-                    raise NoStream("has ended since")
+                    return "no-stream", "the kubelet has accepted it, but has ended since"
                 if time.monotonic() > until:
-                    raise NoStream(f"opened no stream within {STREAM_S:.0f} s")
+                    late = f"opened no stream within {STREAM_S:.0f} s"
+                    return "no-stream", f"the kubelet has accepted it, but {late}"
                 await asyncio.sleep(0.005)
             cards = self.inventory.snapshot.of(resource).values()
             healthy = sum(card.verdict.health == HEALTHY for card in cards)
-            self.shared.counts["registrations", resource, cause] += 1
+            self.shared.count("registrations_total", resource=resource, cause=cause)
             self._registered.add(resource)
             text = "registered %s with the kubelet: %d cards, %d healthy; socket %s; cause: %s"
             log.info(text, resource, len(cards), healthy, endpoint, cause, extra=extra)
@@ -1275,6 +1209,17 @@ class Registrar:
             log.warning(
                 "the kubelet's stream of %s has ended: registering again", resource, extra=extra
             )
+        return "stream-ended", ""
+
+    async def _register(self, resource: str, endpoint: str) -> None:
+        request = api.RegisterRequest(version="v1beta1", endpoint=endpoint)
+        request.resource_name = resource
+        request.options.CopyFrom(OPTIONS)
+        target = "unix:" + urllib.parse.quote(os.fspath(self.kubelet))
+        # A pool of its own: the shared one remembers a failed dial, and delays the next by 1 s.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(target, options=options) as channel:
+            await rpc.RegistrationStub(channel).Register(request, timeout=REGISTER_S)
 
 
 # ==== 8. serve(): the wiring ======================================================================
@@ -1293,15 +1238,15 @@ async def serve(settings: Settings) -> None:
 
     inventory.on_snapshot = [functools.partial(log_changes, settings), keep_files]
     inventory.start(asyncio.get_running_loop())
-    work = (registrar.run(), serve_pages(registrar))
-    tasks = [asyncio.create_task(each) for each in work]
+    tasks = [asyncio.create_task(each) for each in (registrar.run(), serve_pages(registrar))]
     try:
         # Neither ends by itself: what ends one is a defect or CannotWork, and is raised here.
         await asyncio.gather(*tasks)
     finally:
         inventory.stop()
         await cancel_and_wait(tasks)
-        files.remove(not registrar.lock.standby_reason)  # else they are the other instance's
+        if not registrar.lock.standby_reason:  # else they are the other instance's
+            files.remove()
         registrar.lock.release()
 
 
@@ -1311,40 +1256,35 @@ async def serve(settings: Settings) -> None:
 
 # ==== A. Preferred allocation: which of the free cards suit one container best ====================
 
+TreePath = tuple[str, ...]  # from the host's top down to a card
+
 
 def tray(card: Card) -> str:
     """A Galaxy chip's tray: PCI domain and high nibble of the bus (tt-kmd enumerate.c); or ""."""
     return card.chips[0].pci[:6] if card.model.startswith("galaxy-") else ""
 
 
-def topology_path(card: Card) -> tuple[str, ...]:
+def topology_path(card: Card) -> TreePath:
     """From the host's top down to a card: NUMA node, then Galaxy tray, or root bus and bridges."""
-    numa = "/".join(f"{node:04}" for node in card.numa_nodes)
-    chip = card.chips[0]
-    return (numa, tray(card), chip.pci) if tray(card) else (numa, *chip.pci_path, chip.pci)
+    above = (tray(card),) if tray(card) else card.chips[0].pci_path
+    return ("/".join(f"{node:04}" for node in card.numa_nodes), *above, card.chips[0].pci)
 
 
-def best_fit(paths: list[tuple[str, ...]], count: int, level: int = 0) -> list[tuple[str, ...]]:
-    """`count` of `paths`, which are sorted and share their first `level` parts.
+def best_fit(paths: Sequence[TreePath], count: int) -> Sequence[TreePath]:
+    """`count` of `paths`, which are sorted: the nearest neighbours by PCI address in the smallest
+    group of the tree that has room, so that larger groups stay whole for the next Pod."""
+    sizes = Counter(path[:level] for path in paths for level in range(len(path) + 1))
+    roomy = [group for group, size in sizes.items() if size >= count]
+    # The smallest; of equal ones that in the smallest group, and so on up to the host.
+    group = min(roomy, key=lambda path: [sizes[path[:n]] for n in range(len(path), -1, -1)])
+    inside = [path for path in paths if path[: len(group)] == group]
 
-    From the smallest group that has room, so that larger ones stay whole for the next Pod. Where
-    none has, the largest group whole, and the rest from the others.
-    """
-    if len(paths) == count:
-        return paths
-    groups: dict[str, list[tuple[str, ...]]] = {}
-    for path in paths:
-        groups.setdefault(path[level], []).append(path)
-    if len(groups) == len(paths):  # neighbours: as near to each other by bus number as can be
-        buses = [int(path[-1][:-5].replace(":", ""), 16) for path in paths]
-        spans = [(buses[i + count - 1] - buses[i], i) for i in range(len(paths) - count + 1)]
-        first = min(spans)[1]
-        return paths[first : first + count]
-    if roomy := [group for group in groups.values() if len(group) >= count]:
-        return best_fit(min(roomy, key=len), count, level + 1)
-    largest = max(groups.values(), key=len)
-    rest = [path for path in paths if path not in largest]
-    return largest + best_fit(rest, count - len(largest), level)
+    def spread(start: int) -> int:
+        addresses = [int(re.sub(r"\W", "", path[-1]), 16) for path in inside[start:][:count]]
+        return max(addresses) - min(addresses)
+
+    start = min(range(len(inside) - count + 1), key=spread)
+    return inside[start:][:count]
 
 
 def preferred_allocation(
@@ -1358,30 +1298,31 @@ def preferred_allocation(
     asked = set(available) | set(must)
     if not 0 < size <= len(asked) or len(set(must)) > size:
         sentence = f"cannot choose {size} of {len(asked)} cards with {len(set(must))} required"
-        raise Refusal(StatusCode.INVALID_ARGUMENT, sentence)
+        raise Refusal("INVALID_ARGUMENT", sentence)
     healthy = {i: card for i, card in cards.items() if card.verdict.health == HEALTHY}
     ids = {topology_path(healthy[i]): i for i in asked & healthy.keys()}
     required = sorted(path for path, i in ids.items() if i in must)
     lost = sorted(asked - healthy.keys(), key=lambda i: (i not in must, i))
+    # Of the lost ones, those that it must have, and those without which it would be too few.
     lost = lost[: max(len(set(must)) - len(required), size - len(ids))]
-    chosen, count = required, size - len(lost) - len(required)
+    count = size - len(lost) - len(required)
+
+    def nearness(path: TreePath) -> int:
+        """How many levels of the tree it shares with the nearest required card."""
+        return max(sum(path[:n] == near[:n] for n in range(len(path))) for near in required)
+
+    chosen: Sequence[TreePath] = ()
     if required:
-
-        def nearness(path: tuple[str, ...]) -> int:
-            pairs = [zip(path, near, strict=False) for near in required]
-            return max(sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], p)) for p in pairs)
-
-        others = sorted(set(ids) - set(required), key=lambda path: (-nearness(path), path))
-        chosen += others[:count]
+        chosen = sorted(ids.keys() - required, key=lambda path: (-nearness(path), path))[:count]
     elif count:
         chosen = best_fit(sorted(ids), count)
-    return [ids[path] for path in chosen] + lost
+    return [ids[path] for path in (*required, *chosen)] + lost
 
 
 # ==== B. Operations: the log; /healthz, /readyz and /metrics ======================================
 
-LOG_LINES = 1000
-"""How many lines may wait for a reader of the log. More are dropped, and counted."""
+LOG_LINES = 1000  # how many lines may wait for a reader of the log; more are dropped, and counted
+VERSIONS = f"Python {sys.version.split()[0]}, grpcio {grpc.__version__}"
 
 
 class BoundedQueueHandler(logging.handlers.QueueHandler):
@@ -1389,17 +1330,13 @@ class BoundedQueueHandler(logging.handlers.QueueHandler):
 
     dropped = 0
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """As it is: it stays in this process."""
-        return record
-
     def enqueue(self, record: logging.LogRecord) -> None:
         """Puts a line into the queue, if there is room."""
         try:
             if self.dropped:
                 text = f"{self.dropped} lines were dropped: nobody read the log"
-                fields = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
-                self.queue.put_nowait(logging.makeLogRecord(fields))
+                line = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
+                self.queue.put_nowait(logging.makeLogRecord(line))
                 self.dropped = 0
             self.queue.put_nowait(record)
         except queue.Full:
@@ -1410,17 +1347,11 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: ts, level, msg; card, resource, reason and since where it has one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; a traceback goes into `exception`."""
-        level, text = record.levelname.lower(), record.getMessage()
-        line = {"ts": utc(record.created), "level": level, "msg": text}
-        for key in ("card", "resource", "reason"):
-            if value := getattr(record, key, None):
-                line[key] = value
-        if since := getattr(record, "since", None):
-            line["since"] = utc(since)
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        """The line."""
+        line = {"ts": self.formatTime(record, self.datefmt), "level": record.levelname.lower()}
+        line["msg"] = record.getMessage()
+        facts = {key: getattr(record, key, "") for key in ("card", "resource", "reason", "since")}
+        return json.dumps(line | {key: text for key, text in facts.items() if text})
 
 
 def in_one_line(record: logging.LogRecord) -> bool:
@@ -1434,16 +1365,15 @@ def in_one_line(record: logging.LogRecord) -> bool:
 def set_up_logging(style: str, level: str) -> Callable[[], bool]:
     """Logs to stderr in a thread. Returns a function that waits 0.5 s at most for the lines that
     are not written yet, and tells whether all are."""
-    formatter = (
-        JsonFormatter()
-        if style == "json"
-        else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter = (JsonFormatter if style == "json" else logging.Formatter)(
+        "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"
     )
     formatter.converter = time.gmtime
     stderr = logging.StreamHandler()
     stderr.setFormatter(formatter)
     lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
-    logging.basicConfig(level=level.upper(), handlers=[BoundedQueueHandler(lines)], force=True)
+    logging.getLogger().handlers = [BoundedQueueHandler(lines)]
+    logging.getLogger().setLevel(level.upper())
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("grpc._cython.cygrpc").addFilter(in_one_line)
     logging.handlers.QueueListener(lines, stderr).start()
@@ -1457,65 +1387,52 @@ def set_up_logging(style: str, level: str) -> Callable[[], bool]:
 
 def log_changes(settings: Settings, old: Snapshot, new: Snapshot) -> None:
     """Logs what changed between two snapshots: a line a card, and at first what runs here."""
+    driver = new.driver or "not loaded"
     if not old.polled:
         models = Counter(card.model or "of unknown model" for card in new.cards)
         cards = ", ".join(f"{count} {model}" for model, count in sorted(models.items())) or "none"
-        text = "tt-device-plugin %s, Python %s, grpcio %s, driver %s; kubelet folder %s, sysfs %s, "
-        versions = (__version__, sys.version.split()[0], grpc.__version__)
-        folders = (settings.plugin_dir, settings.sysfs_root, settings.dev_root)
-        driver = new.driver or "not loaded"
-        log.info(text + "dev %s; cards: %s", *versions, driver, *folders, cards)
+        folders = f"{settings.plugin_dir}, sysfs {settings.sysfs_root}, dev {settings.dev_root}"
+        text = "tt-device-plugin %s, %s, driver %s; kubelet folder %s; cards: %s"
+        log.info(text, __version__, VERSIONS, driver, folders, cards)
     if not new.cards and (old.cards or not old.polled):
-        log.info("no cards here, driver %s: waiting for some to appear", new.driver or "not loaded")
+        log.info("no cards here, driver %s: waiting for some to appear", driver)
     before = {card.id: card for card in old.cards}
     for card in new.cards:
         last, verdict = before.pop(card.id, None), card.verdict
         if last and (last.verdict, last.resource) == (verdict, card.resource):
             continue
-        extra = {"card": card.id, "resource": card.resource, "reason": verdict.reason}
-        extra["since"] = verdict.since  # type: ignore[assignment]
+        level, text = logging.INFO, "is Healthy"
         if not card.resource:
-            log.warning("%s is not offered: %s", card, verdict.reason, extra=extra)
+            level, text = logging.WARNING, "is not offered"
         elif verdict.health == UNHEALTHY:
-            log.error("%s is Unhealthy: %s", card, verdict.reason, extra=extra)
-        else:
-            after = ""
-            if last and last.resource and last.verdict.health == UNHEALTHY:
-                after = f" again, after {verdict.began - last.verdict.began:.0f} s"
-            reason = f": {verdict.reason}" if verdict.reason else ""
-            log.info("%s is Healthy%s%s", card, after, reason, extra=extra)
+            level, text = logging.ERROR, "is Unhealthy"
+        elif last and last.resource and last.verdict.health == UNHEALTHY:
+            text = f"is Healthy again, after {verdict.since - last.verdict.since:.0f} s"
+        extra = {"card": card.id, "resource": card.resource, "since": utc(verdict.since)}
+        reason = f": {verdict.reason}" if verdict.reason else ""
+        log.log(level, "%s %s%s", card, text, reason, extra=extra | {"reason": verdict.reason})
     chips = {chip.pci for card in new.cards for chip in card.chips}
     for card in before.values():
         if not any(chip.pci in chips for chip in card.chips):  # else it has its telemetry now
             log.warning("%s is gone; it was not offered", card, extra={"card": card.id})
 
 
-class Sensor(NamedTuple):
-    """A file that a metric is read from."""
-
-    metric: str  # as the vendor's tt-telemetry has it, where Prometheus' conventions allow it
-    file: str  # in the class device's folder; hwmon/ is that of the PCI device, proc/ tt-kmd's
-    highest: int  # largest plausible value; above it: stale telemetry, a dead bus, or one below 0
-    scale: int  # what to divide by for the metric's unit
-    help: str
-
-
-SENSORS = (
-    Sensor("tt_asic_temperature_celsius", "hwmon/temp1_input", 150_000, 1000, "Temperature."),
-    Sensor(
-        "tt_thermal_throttle_limit_celsius", "hwmon/temp1_max", 150_000, 1000, "Throttle limit."
-    ),
-    Sensor("tt_ai_clock_mhz", "tt_aiclk", 5_000, 1, "AI clock."),
-    Sensor("tt_tdp_w", "hwmon/power1_input", 2_000_000_000, 1_000_000, "Power drawn."),
-    Sensor("tt_tdc_a", "hwmon/curr1_input", 2_000_000, 1000, "Current drawn."),
-    Sensor("tt_vcore_v", "hwmon/in0_input", 5_000, 1000, "Core voltage."),
-    Sensor("tt_fan_speed_rpm", "hwmon/fan1_input", 50_000, 1, "Speed of the board's fan."),
-    Sensor("tt_thermal_trips_total", "tt_therm_trip_count", 2**32 - 2, 1, "Thermal shutdowns."),
-    Sensor("tt_device_plugin_device_node_users", "proc/pids", 4096, 1, "Processes that hold it."),
-)
-"""Units and junk that was seen: tt-kmd telemetry.c 2.10.0, tt-kmd#213, #121, tt-metal#30055. Names:
-docs.tenstorrent.com/tt-telemetry. proc/pids has a process ID a line (tt-kmd 2.5.0, chardev.c)."""
-
+# Metric -> its file in the class device's folder, where hwmon/ is that of the PCI device and proc/
+# tt-kmd's own; the largest plausible value, above which it is stale telemetry, a dead bus, or a
+# negative number read as unsigned; what to divide by; help. Names, where Prometheus' conventions
+# allow them: docs.tenstorrent.com/tt-telemetry. Units and junk that was seen: tt-kmd telemetry.c
+# 2.10.0, tt-kmd#213, #121, tt-metal#30055. proc/pids has a process ID a line (chardev.c, 2.5.0).
+SENSORS = {
+    "tt_asic_temperature_celsius": ("hwmon/temp1_input", 150_000, 1000, "Temperature."),
+    "tt_thermal_throttle_limit_celsius": ("hwmon/temp1_max", 150_000, 1000, "Throttle limit."),
+    "tt_ai_clock_mhz": ("tt_aiclk", 5_000, 1, "AI clock."),
+    "tt_tdp_w": ("hwmon/power1_input", 2_000_000_000, 1_000_000, "Power drawn."),
+    "tt_tdc_a": ("hwmon/curr1_input", 2_000_000, 1000, "Current drawn."),
+    "tt_vcore_v": ("hwmon/in0_input", 5_000, 1000, "Core voltage."),
+    "tt_fan_speed_rpm": ("hwmon/fan1_input", 50_000, 1, "Speed of the board's fan."),
+    "tt_thermal_trips_total": ("tt_therm_trip_count", 2**32 - 2, 1, "Thermal shutdowns."),
+    "tt_device_plugin_device_node_users": ("proc/pids", 4096, 1, "Processes that hold it."),
+}
 METRICS = {
     "tt_device_plugin_info": "Versions; always 1.",
     "tt_device_plugin_registered": "1 while the resource's stream is open.",
@@ -1529,15 +1446,7 @@ METRICS = {
     "tt_device_plugin_chip_info": "Facts of a chip; always 1.",
     "tt_device_plugin_heartbeat_age_seconds": "Since the heartbeat was last seen to change.",
     "tt_device_plugin_junk_readings_total": "Sensor values that cannot be.",
-} | {sensor.metric: sensor.help for sensor in SENSORS}
-
-COUNTED = {
-    "registrations": ("resource", "cause"),
-    "allocations": ("resource",),
-    "refusals": ("resource", "call", "code"),
-}
-"""What Shared.counts counts, and the labels of each count."""
-
+} | {metric: sensor[-1] for metric, sensor in SENSORS.items()}
 ESCAPE = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
@@ -1566,9 +1475,9 @@ class Metrics:
             healths = [card.verdict.health for card in snapshot.of(resource).values()]
             for health in (HEALTHY, UNHEALTHY):
                 add("cards", healths.count(health), resource=resource, health=health)
-        counts = dict.fromkeys((("allocations", resource) for resource in status), 0)
-        for (metric, *labels), count in (counts | dict(self.registrar.shared.counts)).items():
-            add(f"{metric}_total", count, **dict(zip(COUNTED[metric], labels, strict=True)))
+        none = dict.fromkeys((("allocations_total", ("resource", each)) for each in status), 0)
+        for (metric, *labels), count in (none | dict(self.registrar.shared.counts)).items():
+            add(metric, count, **dict(labels))
         add("cards_not_offered", sum(not card.resource for card in snapshot.cards))
         for card in snapshot.cards:
             of = {"card": card.id, "resource": card.resource or ""}
@@ -1584,42 +1493,41 @@ class Metrics:
 
     def _add_chip(self, add: Callable[..., None], card: Card, chip: Chip, now: float) -> None:
         of = {"card": card.id, "chip": chip.pci}
-        reader = self.inventory.readers.get(chip.place)  # None: it is gone
+        reader = self.inventory.readers.get(chip.class_device)  # None: it is gone
         facts = {"model": card.model, "arch": chip.arch, "serial": chip.serial}
-        node = f"/dev/tenstorrent/{chip.index}" if reader else ""
+        node = chip.node if reader else ""
         add("chip_info", 1, **of, **facts, firmware=chip.firmware, device_node=node)
         if not reader:
             return
         if reader.history.heartbeat is not None:
             add("heartbeat_age_seconds", now - reader.history.changed_at, **of)
+        # Of an old driver nothing is read, see read_health. Of a chip whose reads hang neither, and
+        # if it begins to hang in here, one scrape waits, and the others do without it.
         version = [int(part) for part in re.findall("[0-9]+", self.inventory.snapshot.driver)]
-        # Of an old driver nothing is read, see Discovery.sense. Of a chip whose reads hang neither,
-        # and if it begins to hang in here, one scrape waits, and the others do without it.
         safe = reader.history.heartbeat is not None or version >= [2, 7]
-        if safe and not reader.busy and reader not in self._reading:
+        if safe and reader.idle.is_set() and reader not in self._reading:
             self._reading.add(reader)
             try:
-                for sensor, value in self._sensors(chip):
-                    add(sensor.metric, value, **of)
+                for metric, value in self._sensors(chip):
+                    add(metric, value, **of)
             finally:
                 self._reading.discard(reader)
         add("junk_readings_total", self.junk[chip.pci], **of)
 
-    def _sensors(self, chip: Chip) -> Iterator[tuple[Sensor, float]]:
+    def _sensors(self, chip: Chip) -> Iterator[tuple[str, float]]:
         sysfs, entry = self.inventory.discovery.sysfs, self.inventory.discovery.folder(chip.index)
         # The newest: a reset makes another hwmonX, and old drivers leave the dead one (tt-kmd#25).
-        monitors = sorted(
-            Path(f"{entry}/device/hwmon").glob("hwmon*"), key=lambda p: (len(p.name), p)
-        )
+        monitors = [str(path) for path in Path(f"{entry}/device/hwmon").glob("hwmon*")]
+        newest = max(monitors, key=lambda name: (len(name), name), default="")
         proc = f"{os.path.dirname(sysfs)}/proc/driver/tenstorrent/{chip.index}"
-        places = {"": entry, "hwmon": str(monitors[-1]) if monitors else "", "proc": proc}
-        for sensor in SENSORS:
-            place, _, file = sensor.file.rpartition("/")
+        folders = {"": entry, "hwmon": newest, "proc": proc}
+        for metric, (path, highest, scale, _) in SENSORS.items():
+            place, _, file = path.rpartition("/")
             with contextlib.suppress(OSError):
-                text = read_attribute(f"{places[place]}/{file}")
+                text = read_attribute(f"{folders[place]}/{file}")
                 text = str(len(text.split())) if place == "proc" else text
-                if re.fullmatch("[0-9]+", text) and int(text) <= sensor.highest:
-                    yield sensor, int(text) / sensor.scale
+                if re.fullmatch("[0-9]+", text) and int(text) <= highest:
+                    yield metric, int(text) / scale
                 else:
                     self.junk[chip.pci] += 1
 
@@ -1640,17 +1548,15 @@ def alive(inventory: Inventory, loop: asyncio.AbstractEventLoop, now: float) -> 
 def ready(registrar: Registrar) -> tuple[bool, str]:
     """/readyz: (ready, explanation). Ready when every resource is registered, when there is none,
     or when this instance stands by."""
+    status, standby_reason = registrar.registration_status(), registrar.lock.standby_reason
     if not registrar.inventory.snapshot.polled:
         return False, "the first poll has not ended yet"
-    status = registrar.registration_status()
     if not status:
         return True, "no cards to register: waiting for some to appear"
-    if registrar.lock.standby_reason:
-        return True, registrar.lock.standby_reason
     lines = [
         f"{r}: {f'not registered: {why}' if why else 'registered'}" for r, why in status.items()
     ]
-    return not any(status.values()), "\n".join(lines)
+    return bool(standby_reason) or not any(status.values()), standby_reason or "\n".join(lines)
 
 
 def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool, str]]]) -> str:
@@ -1664,11 +1570,11 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[b
 
         def do_GET(self) -> None:
             page = pages.get(self.path.partition("?")[0])
+            code, text = 404, f"no such page; there are {', '.join(pages)}"
             try:
-                fine, text = (
-                    page() if page else (True, f"no such page; there are {', '.join(pages)}")
-                )
-                code = 404 if not page else 200 if fine else 503
+                if page:
+                    fine, text = page()
+                    code = 200 if fine else 503
             except Exception as error:  # a defect of a page must be seen, in it and in the log
                 log.exception("%s failed", self.path)
                 code, text = 500, repr(error)
@@ -1678,7 +1584,7 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[b
             self.wfile.write(text.rstrip().encode() + b"\n")
 
         def log_message(self, format: str, *args: object) -> None:
-            log.debug("HTTP %s: " + format, self.address_string(), *args)
+            log.debug("HTTP %s: %r", self.client_address, args)
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1716,10 +1622,7 @@ async def serve_pages(registrar: Registrar) -> None:
 # ==== C. Files for other tools: a CDI specification, and node labels ==============================
 
 CDI_KIND, CDI_FILE = "tenstorrent.com/card", "tenstorrent.com-card.json"
-
-CDI_VERSION = "0.5.0"
-"""The lowest that has hostPath and names that begin with a digit; podman 4.3 takes none above."""
-
+CDI_VERSION = "0.5.0"  # lowest with hostPath and names that begin with a digit; podman 4.3's last
 LABELS_FILE = "tt-device-plugin"
 
 
@@ -1729,25 +1632,24 @@ def cdi_spec(settings: Settings, snapshot: Snapshot) -> str:
     "" without cards, as an empty one is invalid. Its device nodes are no links, which runtimes
     refuse. So it follows N, and PreStartContainer refuses a card that has moved.
     """
-    devices: dict[str, list[Card]] = {}
+    named: dict[str, list[Chip]] = {}
     for card in snapshot.cards:
         if card.resource and card.verdict.health == HEALTHY:
             for name in (card.id, *(str(chip.index) for chip in card.chips), "all"):
-                devices.setdefault(name, []).append(card)
-
-    def edits(cards: Sequence[Card]) -> dict[str, Any]:
-        nodes = [
-            {"path": node, "hostPath": os.devnull if settings.fake else node, "permissions": "rw"}
-            for card in cards
-            for node in card.device_nodes
-        ]
-        pages = {"hostPath": HUGEPAGES, "containerPath": HUGEPAGES, "options": ["rbind", "rw"]}
-        wanted = wants_hugepages(settings, [chip for card in cards for chip in card.chips])
-        return {"deviceNodes": nodes} | ({"mounts": [pages]} if wanted else {})
-
-    listed = [{"name": k, "containerEdits": edits(cards)} for k, cards in sorted(devices.items())]
-    spec = {"cdiVersion": CDI_VERSION, "kind": CDI_KIND, "devices": listed}
-    return json.dumps(spec, indent=2) + "\n" if listed else ""
+                named.setdefault(name, []).extend(card.chips)
+    devices: list[dict[str, Any]] = []
+    for name, chips in sorted(named.items()):
+        edits: dict[str, Any] = {"deviceNodes": []}
+        for chip in chips:
+            host = os.devnull if settings.fake else chip.node
+            node = {"path": chip.node, "hostPath": host, "permissions": "rw"}
+            edits["deviceNodes"].append(node)
+        if wants_hugepages(settings, chips):
+            pages = {"hostPath": HUGEPAGES, "containerPath": HUGEPAGES, "options": ["rbind", "rw"]}
+            edits["mounts"] = [pages]
+        devices.append({"name": name, "containerEdits": edits})
+    spec = {"cdiVersion": CDI_VERSION, "kind": CDI_KIND, "devices": devices}
+    return json.dumps(spec, indent=2) + "\n" if devices else ""
 
 
 def node_labels(settings: Settings, snapshot: Snapshot) -> str:
@@ -1769,101 +1671,80 @@ def node_labels(settings: Settings, snapshot: Snapshot) -> str:
     return "".join(f"{settings.resource_domain}/{k}={v}\n" for k, v in clean.items() if v)
 
 
-class KeptFile:
-    """A file for other tools. Written by rename, so that nobody reads half of it, and in a thread
-    that nothing waits for."""
-
-    def __init__(self, path: Path, make: Callable[[Settings, Snapshot], str]) -> None:
-        self.path, self._make = path, make
-        self.contains: dict[str, Card] = {}  # the healthy cards that it was written from, by ID
-        self._text: str | None = None  # None: not known
-        self._written: FileId | None = None
-        self._trouble = LogOnChange()
-        self._thread: threading.Thread | None = None
-
-    def keep(self, settings: Settings, snapshot: Snapshot) -> None:
-        """Makes the file say what `snapshot` does, once a poll: what has failed is tried again."""
-        if not self._thread or not self._thread.is_alive():
-            self._start(self._keep, settings, snapshot)
-
-    def remove(self) -> None:
-        """Removes the file. Waits for that for 0.5 s at most."""
-        for target in (None, functools.partial(self.path.unlink, missing_ok=True)):
-            if target:
-                self._start(target)
-            if self._thread:
-                self._thread.join(0.5)
-                if self._thread.is_alive():
-                    return
-
-    def _start(self, target: Callable[..., object], *args: object) -> None:
-        self._thread = threading.Thread(target=target, args=args, daemon=True)
-        self._thread.start()
-
-    def _keep(self, settings: Settings, snapshot: Snapshot) -> None:
-        text = self._make(settings, snapshot)
-        try:
-            if text == self._text and file_id(self.path) == self._written:
-                return
-            self.contains, self._text = {}, None
-            if text:
-                if not self.path.parent.is_dir():
-                    self.path.parent.mkdir()
-                    self.path.parent.chmod(0o755)
-                # Not .json: CDI runtimes also read files whose names begin with a dot.
-                new = self.path.with_name(f".{self.path.name}.new")
-                new.write_text(text)
-                new.chmod(0o644)
-                new.replace(self.path)
-            else:
-                self.path.unlink(missing_ok=True)
-            self._text, self._written = text, file_id(self.path)
-            healthy = [card for card in snapshot.cards if card.verdict.health == HEALTHY]
-            self.contains = {card.id: card for card in healthy}
-            self._trouble.set("", f"{self.path} is kept again")
-        except OSError as error:
-            self._trouble.set(f"cannot keep {self.path}: {error.strerror}; trying again")
-
-
 class KeptFiles:
-    """The files that the flags ask for."""
+    """The files that the flags ask for. Written by rename, so that nobody reads half of one, and in
+    a thread that nothing waits for: their folder may hang."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self._thread = settings, threading.Thread()
         cdi, labels = settings.cdi_dir, settings.labels_dir
-        self.cdi = KeptFile(cdi / CDI_FILE, cdi_spec) if cdi else None
-        self.labels = KeptFile(labels / LABELS_FILE, node_labels) if labels else None
-        self._files = [file for file in (self.cdi, self.labels) if file]
-        self._lock, self._removed = threading.Lock(), False
+        wanted = (cdi, CDI_FILE, cdi_spec), (labels, LABELS_FILE, node_labels)
+        self._files = {folder / name: make for folder, name, make in wanted if folder}
+        self._trouble = {path: LogOnChange() for path in self._files}
+        self._written: dict[Path, tuple[str, FileId | None]] = {}
+        self._named: dict[str, list[str]] = {}  # card ID in the CDI file -> device nodes
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Makes them say what `snapshot` does. Returns at once."""
-        with self._lock:
-            for file in () if self._removed else self._files:
-                file.keep(self.settings, snapshot)
+        """Makes them say what `snapshot` does, once a poll: what has failed is tried again. Returns
+        at once."""
+        if self._files and not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._keep, args=(snapshot,), daemon=True)
+            self._thread.start()
 
-    def remove(self, ours: bool) -> None:
-        """Removes them, for good, if they are `ours` and not another instance's."""
-        with self._lock:
-            self._removed = True
-        for file in self._files if ours else ():
-            file.remove()
+    def remove(self) -> None:
+        """Removes them, once they are written. Waits for that for 0.5 s at most."""
+        ending = threading.Thread(target=self._remove, args=(self._thread,), daemon=True)
+        ending.start()
+        ending.join(0.5)
+
+    def _remove(self, writer: threading.Thread) -> None:
+        if writer.is_alive():
+            writer.join()
+        for path in self._files:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        for path, make in self._files.items():
+            text = make(self.settings, snapshot)
+            try:
+                if self._written.pop(path, None) != (text, file_id(path)):
+                    self._write(path, text, snapshot)
+                self._written[path] = text, file_id(path)
+                self._trouble[path].set("", f"{path} is kept again")
+            except OSError as error:
+                self._trouble[path].set(f"cannot keep {path}: {error.strerror}; trying again")
+
+    def _write(self, path: Path, text: str, snapshot: Snapshot) -> None:
+        cdi = path.name == CDI_FILE
+        if cdi:
+            self._named = {}
+        if text:
+            if not path.parent.is_dir():
+                path.parent.mkdir()
+                path.parent.chmod(0o755)
+            # Not .json: CDI runtimes also read files whose names begin with a dot.
+            new = path.with_name(f".{path.name}.new")
+            new.write_text(text)
+            new.chmod(0o644)
+            new.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+        if cdi:
+            healthy = [card for card in snapshot.cards if card.verdict.health == HEALTHY]
+            self._named = {card.id: card.device_nodes for card in healthy}
 
     def cdi_names(self, cards: Sequence[Card]) -> list[str]:
         """The CDI names of `cards`; [] unless the file has all of them, as they are now: a name
         that leads nowhere would keep the container from starting."""
-        written = self.cdi.contains if self.cdi else {}
-        known = all(
-            card.id in written and written[card.id].device_nodes == card.device_nodes
-            for card in cards
-        )
+        known = all(self._named.get(card.id) == card.device_nodes for card in cards)
         return [f"{CDI_KIND}={card.id}" for card in cards] if known else []
 
 
 # ==== D. The command line: --fake, --list, --dry-run, and main() ==================================
 
-ENVIRONMENT = "TT_DEVICE_PLUGIN_"
-
+# Model -> tt_card_type, PCI device id, product code in the serial (tt-kmd telemetry.c), the bus
+# numbers at which a Galaxy's trays 1 to 4 begin (tt-smi constants.py).
 FAKE_CARDS = {
     "n150": ("n150", "0x401e", 0x18, ()),
     "n300": ("n300", "0x401e", 0x14, ()),
@@ -1873,23 +1754,6 @@ FAKE_CARDS = {
     "p300": ("p300a", "0xb140", 0x45, ()),
     "galaxy-blackhole": ("galaxy-blackhole", "0xb140", 0x47, (0x00, 0x40, 0xC0, 0x80)),
 }
-"""Model -> tt_card_type, PCI device id, product code in the serial (tt-kmd telemetry.c), the bus
-numbers at which a Galaxy's trays 1 to 4 begin (tt-smi constants.py)."""
-
-
-def fake_spec(text: str) -> dict[str, int]:
-    """n150=2,p300=1 as a dict. Raises argparse.ArgumentTypeError."""
-    cards: dict[str, int] = {}
-    for part in text.split(","):
-        model, _, count = part.strip().partition("=")
-        if model not in FAKE_CARDS or not re.fullmatch("[1-9][0-9]{0,2}", count) or model in cards:
-            models = ", ".join(FAKE_CARDS)
-            what = f"MODEL=COUNT, with each MODEL once, of {models}, and COUNT from 1 on"
-            raise argparse.ArgumentTypeError(f"{part!r} is not {what}")
-        cards[model] = int(count)
-    if sum(cards.values()) + cards.get("p300", 0) > 200:
-        raise argparse.ArgumentTypeError(f"{text!r} makes more than 200 chips")
-    return cards
 
 
 def make_fake_tree(top: Path, cards: Mapping[str, int]) -> None:
@@ -1930,44 +1794,36 @@ def make_fake_tree(top: Path, cards: Mapping[str, int]) -> None:
             (top / path).write_text(f"{text}\n")
 
 
-def absolute_path(text: str) -> Path:
-    """A folder. Raises argparse.ArgumentTypeError."""
-    if not text.startswith("/") or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an absolute path")
-    return Path(text)
+def fake_spec(text: str) -> dict[str, int]:
+    """n150=2,p300=1 as a dict; at most 200 chips. Raises ValueError."""
+    pairs = [part.strip().split("=") for part in text.split(",")]
+    cards = {model: int(count) for model, count in pairs}  # ValueError for what is no pair
+    chips = sum(cards.values()) + cards.get("p300", 0)
+    known = cards.keys() <= FAKE_CARDS.keys() and len(cards) == len(pairs)
+    if not known or min(cards.values()) < 1 or chips > 200:
+        raise ValueError
+    return cards
 
 
 def listen_address(text: str) -> tuple[str, int]:
-    """An IP address, "" for all, and a port, 0 for any. Raises argparse.ArgumentTypeError."""
-    import ipaddress
-
-    with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(f"//{text}")
-        host = str(ipaddress.ip_address(parts.hostname)) if parts.hostname else ""
-        if parts.netloc == text and parts.port is not None and "@" not in text:
-            return host, parts.port
-    examples = "such as 127.0.0.1:7762, [::1]:7762, or :7762 for all"
-    raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, {examples}")
-
-
-def poll_seconds(text: str) -> float:
-    """Seconds between polls. Raises argparse.ArgumentTypeError."""
-    with contextlib.suppress(ValueError):
-        if 0.1 <= (seconds := float(text)) <= 60:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 60")
+    """An IP address, "" for all, and a port, 0 for any. Raises ValueError."""
+    parts = urllib.parse.urlsplit(f"//{text}")
+    host = str(ipaddress.ip_address(parts.hostname)) if parts.hostname else ""
+    if parts.netloc != text or "@" in text or parts.port is None:
+        raise ValueError
+    return host, parts.port
 
 
 def domain(text: str) -> str:
-    """What may come before the slash of a resource. Raises argparse.ArgumentTypeError."""
+    """What may come before the slash of a resource. Raises ValueError."""
     label = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
     reserved = re.search(r"(^|\.)kubernetes\.io$|^requests\.", text)
     if len(text) > 253 or not re.fullmatch(rf"{label}(\.{label})*", text) or reserved:
-        examples = "a DNS name that resources may have, such as tenstorrent.com"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {examples}")
+        raise ValueError
     return text
 
 
+ENVIRONMENT = "TT_DEVICE_PLUGIN_"
 FLAGS = """
 --list                              print what would be advertised, and what would not and why
 --json                              with --list: as JSON
@@ -1976,7 +1832,7 @@ FLAGS = """
 --kubelet-dir DIR                   the sockets are in DIR/device-plugins; default: %(default)s
 --sysfs-root DIR                    where sysfs is; default: %(default)s
 --dev-root DIR                      where the host's /dev is; default: %(default)s
---poll-seconds S                    time between polls, from 0.1 to 60; default: 1
+--poll-seconds S                    time between polls, from 0.1 to 60; default: %(default)s
 --resource-domain D                 what comes before the slash; default: %(default)s
 --variants                          p150a, p150b and p150c instead of p150
 --hugepages auto|always|never       mount the host's 1 GiB pages; default: auto, where needed
@@ -1986,18 +1842,41 @@ FLAGS = """
 --log-format text|json              default: text
 --log-level debug|info|warning|error  default: info
 """
-
-TYPES: dict[str, Callable[[str], Any]] = {
-    "MODEL=N[,...]": fake_spec,
-    "DIR": absolute_path,
-    "S": poll_seconds,
-    "D": domain,
-    "ADDR:PORT": listen_address,
+SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+# Metavar -> what a value must be, and how to read it: None or ValueError for a wrong one.
+TYPES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "": ("true or false", lambda t: SWITCH.get(t.lower())),
+    "MODEL=N[,...]": (f"MODEL=N,... of {', '.join(FAKE_CARDS)}, up to 200 chips", fake_spec),
+    "DIR": ("an absolute path", lambda t: Path(t) if t[:1] == "/" and "\0" not in t else None),
+    "S": (
+        "a number of seconds from 0.1 to 60",
+        lambda t: s if 0.1 <= (s := float(t)) <= 60 else None,
+    ),
+    "D": ("a DNS name that resources may have, such as tenstorrent.com", domain),
+    "ADDR:PORT": (
+        "ADDRESS:PORT, such as 127.0.0.1:7762, [::1]:7762, or :7762 for all",
+        listen_address,
+    ),
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The flags as argparse takes them."""
+def flag_type(metavar: str) -> Callable[[str], Any]:
+    """What argparse calls for the value of a flag."""
+    choices = metavar.split("|")
+    what, convert = TYPES.get(metavar, (f"one of {metavar}", {each: each for each in choices}.get))
+
+    def value_of(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if (value := convert(text)) is not None:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return value_of
+
+
+def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
+    """The flags of `argv`, and below them those of the environment. Exits with code 2 and a
+    sentence if one is wrong."""
     parser = argparse.ArgumentParser(
         prog="tt-device-plugin",
         description="Kubernetes device plugin for Tenstorrent cards. It serves until SIGTERM.",
@@ -2005,56 +1884,24 @@ def make_parser() -> argparse.ArgumentParser:
         f"{ENVIRONMENT}KUBELET_DIR, a flag without a value takes true or false there. Exit codes: "
         "0 told to stop, 1 cannot work, 2 usage.",
         allow_abbrev=False,
-        exit_on_error=False,
     )
-    defaults = {each.name: each.default for each in fields(Settings) if each.name != "fake"}
-    defaults |= {"log_format": "text", "log_level": "info"}
+    defaults, wrong = {each.name: each.default for each in fields(Settings)}, ""
+    defaults |= {"fake": None, "log_format": "text", "log_level": "info"}
     for line in FLAGS.strip().splitlines():
         flag, metavar, text = re.findall(r"^(\S+)(?: (\S+))?  +(.+)$", line)[0]
-        default = defaults.get(flag[2:].replace("-", "_"))
-        if not metavar:
-            parser.add_argument(flag, action="store_true", help=text)
-        elif "|" in metavar:
-            choices = metavar.split("|")
-            parser.add_argument(flag, choices=choices, default=default, help=text)
-        else:
-            kind = TYPES[metavar]
-            parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
-    python, protobuf = sys.version.split()[0], google.protobuf.__version__
-    versions = f"(Python {python}, grpcio {grpc.__version__}, protobuf {protobuf})"
-    version = f"tt-device-plugin {__version__} {versions}"
-    parser.add_argument("--version", action="version", version=version)
-    return parser
-
-
-def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
-    """The flags of `argv`, and below them those of the environment. Exits with code 2 and a
-    sentence if one is wrong."""
-    parser, given = make_parser(), []
-    for name, default in vars(parser.parse_args([])).items():
-        flag, variable = "--" + name.replace("_", "-"), ENVIRONMENT + name.upper()
-        value = environment.get(variable, "")
-        switch = {
-            "true": [flag],
-            "1": [flag],
-            "yes": [flag],
-            "false": [],
-            "0": [],
-            "no": [],
-            "": [],
-        }
-        if default is False and value.lower() not in switch:
-            parser.error(f"environment variable {variable}: {value!r} is neither true nor false")
-        flags = switch[value.lower()] if default is False else [f"{flag}={value}"] if value else []
+        name, kind = flag[2:].replace("-", "_"), flag_type(metavar)
+        default, variable = defaults.get(name, False), ENVIRONMENT + name.upper()
         try:
-            parser.parse_args(flags)
-        except argparse.ArgumentError as error:
-            parser.error(f"environment variable {variable}: {error.message}")
-        given += flags
-    try:
-        options = parser.parse_args([*given, *argv])
-    except argparse.ArgumentError as error:
-        parser.error(str(error))
+            default = kind(environment[variable]) if environment.get(variable) else default
+        except argparse.ArgumentTypeError as error:
+            wrong = f"environment variable {variable}: {error}"
+        how: Any = {"type": kind, "metavar": metavar} if metavar else {"action": "store_true"}
+        parser.add_argument(flag, **how, default=default, help=text)
+    version = f"tt-device-plugin {__version__} ({VERSIONS}, protobuf {google.protobuf.__version__})"
+    parser.add_argument("--version", action="version", version=version)
+    options = parser.parse_args(argv)
+    if wrong:
+        parser.error(wrong)
     if options.json and not options.list:
         parser.error("--json goes with --list")
     if options.list and options.dry_run:
@@ -2068,38 +1915,31 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
 
 
 def discover_once(settings: Settings) -> Snapshot:
-    """The snapshot of one poll. Raises CannotWork."""
+    """The snapshot of one poll. Raises OSError."""
     inventory = Inventory(settings)
-    try:
-        inventory.poll(time.monotonic())
-    except OSError as error:
-        raise CannotWork(f"cannot look for cards: {error}") from error
+    inventory.poll(time.monotonic())
     return inventory.snapshot
 
 
 def describe(card: Card) -> dict[str, Any]:
     """A card as --list --json prints it."""
-    first = card.chips[0]
     return {
         "id": card.id,
         "resource": card.resource,
         "model": card.model,
-        "arch": first.arch,
+        "arch": card.chips[0].arch,
         "device_nodes": card.device_nodes,
         "pci_addresses": [chip.pci for chip in card.chips],
-        "numa_node": card.numa_nodes[0] if card.numa_nodes else None,
-        "board_serial": first.serial,
-        "firmware": first.firmware,
+        "numa_node": next(iter(card.numa_nodes), None),
+        "board_serial": card.chips[0].serial,
+        "firmware": card.chips[0].firmware,
         "health": card.verdict.health,
         "reason": card.verdict.reason,
     }
 
 
-def print_list(snapshot: Snapshot, as_json: bool) -> None:
-    """Prints the cards of a snapshot: JSON, or columns, with the reasons below."""
-    if as_json:
-        print(json.dumps([describe(card) for card in snapshot.cards], indent=2))
-        return
+def print_list(snapshot: Snapshot) -> None:
+    """Prints the cards of a snapshot in columns, with the reasons below."""
     if not snapshot.cards:
         why = f" (driver {snapshot.driver})." if snapshot.driver else ": the driver is not loaded."
         print("No Tenstorrent cards" + why)
@@ -2112,31 +1952,26 @@ def print_list(snapshot: Snapshot, as_json: bool) -> None:
         rows.append((offered, card.id, devices, addresses, numa, card.verdict.health))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
     for card in snapshot.cards:
         if card.verdict.reason:
             print(f"\n{card.id}: {card.verdict.reason}")
 
 
 class DryRunKubelet(rpc.RegistrationServicer):
-    """A kubelet that keeps the first Register request of each resource."""
+    """A kubelet that takes any registration."""
 
     def __init__(self) -> None:
         self.requests: asyncio.Queue[api.RegisterRequest] = asyncio.Queue()
-        self._known: set[str] = set()
 
     async def Register(self, request: api.RegisterRequest, context: Any) -> api.Empty:
-        """Takes any registration."""
-        if request.resource_name not in self._known:
-            self._known.add(request.resource_name)
-            await self.requests.put(request)
+        """Hands it on."""
+        await self.requests.put(request)
         return api.Empty()
 
 
-def print_step(steps: list[str], step: str, *lines: object) -> None:
-    """Prints one of README's five steps, messages on one line each, and adds it to `steps`."""
-    steps.append(step)
+def print_step(step: str, *lines: object) -> None:
+    """Prints one of README's five steps, with messages on one line each."""
     print(f"\n{step}", *(" ".join(str(line).split()) for line in lines), sep="\n", flush=True)
 
 
@@ -2147,34 +1982,40 @@ async def dry_run(settings: Settings) -> int:
     settings.plugin_dir.mkdir()
     server, kubelet = grpc.aio.server(), DryRunKubelet()
     rpc.add_RegistrationServicer_to_server(kubelet, server)
-    plugin, steps = None, ["0: the embedded kubelet"]
     try:
         server.add_insecure_port(f"unix:{settings.plugin_dir}/kubelet.sock")
-        await server.start()
-        print_step(steps, f"1. Discover: the cards under {settings.sysfs_root}")
-        snapshot = discover_once(settings)
-        print_list(snapshot, False)
-        if not snapshot.resources:
-            raise CannotWork("no card could be offered")
-        plugin = asyncio.create_task(serve(settings))
-        for _ in snapshot.resources:
-            request = await asyncio.wait_for(kubelet.requests.get(), STREAM_S)
-            print_step(steps, "2. Register: the plugin calls the kubelet", request)
-            target = f"unix:{settings.plugin_dir}/{request.endpoint}"
-            async with grpc.aio.insecure_channel(target) as channel:
-                await dry_run_resource(rpc.DevicePluginStub(channel), request, steps)
+        async with running(server):
+            await dry_run_steps(settings, kubelet)
         print("\nEvery step held.")
         return 0
-    except (CannotWork, grpc.aio.AioRpcError, asyncio.TimeoutError, RuntimeError) as error:
+    except (CannotWork, OSError, RuntimeError, grpc.aio.AioRpcError, asyncio.TimeoutError) as error:
         problem = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-        print(f"\nFAILED: after step {steps[-1]}: {problem or 'no answer in time'}")
+        print(f"\nFAILED after the step above: {problem or 'no answer in time'}")
         return 1
+
+
+async def dry_run_steps(settings: Settings, kubelet: DryRunKubelet) -> None:
+    """All steps of all resources. Raises CannotWork, OSError, AioRpcError, TimeoutError."""
+    print_step(f"1. Discover: the cards under {settings.sysfs_root}")
+    snapshot = discover_once(settings)
+    print_list(snapshot)
+    if not (left := set(snapshot.resources)):
+        raise CannotWork("no card could be offered")
+    plugin = asyncio.create_task(serve(settings))
+    try:
+        while left:
+            request = await asyncio.wait_for(kubelet.requests.get(), STREAM_S)
+            if request.resource_name in left:  # else its stream has ended, and it registers again
+                left.remove(request.resource_name)
+                print_step("2. Register: the plugin calls the kubelet", request)
+                target = f"unix:{settings.plugin_dir}/{request.endpoint}"
+                async with grpc.aio.insecure_channel(target) as channel:
+                    await dry_run_resource(rpc.DevicePluginStub(channel), request)
     finally:
-        await cancel_and_wait([plugin] if plugin else [])
-        await server.stop(STOP_S)
+        await cancel_and_wait([plugin])
 
 
-async def dry_run_resource(plugin: Any, request: api.RegisterRequest, steps: list[str]) -> None:
+async def dry_run_resource(plugin: Any, request: api.RegisterRequest) -> None:
     """Steps 3 to 5 of one resource. Raises CannotWork, AioRpcError, TimeoutError."""
     options = await plugin.GetDevicePluginOptions(api.Empty(), timeout=STREAM_S)
     if options != request.options:
@@ -2182,7 +2023,7 @@ async def dry_run_resource(plugin: Any, request: api.RegisterRequest, steps: lis
     stream = plugin.ListAndWatch(api.Empty())
     devices = (await asyncio.wait_for(stream.read(), STREAM_S)).devices
     step = f"3. ListAndWatch: the kubelet calls {request.endpoint}, and keeps the stream open"
-    print_step(steps, step, *devices)
+    print_step(step, *devices)
     healthy = [device.ID for device in devices if device.health == HEALTHY]
     if not healthy:
         raise CannotWork(f"no card of {request.resource_name} is healthy: its Pods would wait")
@@ -2191,18 +2032,13 @@ async def dry_run_resource(plugin: Any, request: api.RegisterRequest, steps: lis
         allocate = api.AllocateRequest(container_requests=[one])
         answer = (await plugin.Allocate(allocate, timeout=STREAM_S)).container_responses[0]
         step = f"4. Allocate: a Pod that asks for one {request.resource_name} could get {card_id}:"
-        nodes = [
-            f"device {d.container_path} from {d.host_path} ({d.permissions})"
-            for d in answer.devices
-        ]
-        envs = [f"env    {name}={value}" for name, value in answer.envs.items()]
-        mounts = [
-            f"mount  {mount.container_path} from {mount.host_path}" for mount in answer.mounts
-        ]
-        print_step(steps, step, *nodes, *envs, *mounts)
+        lines = [f"device {d.container_path} from {d.host_path} (rw)" for d in answer.devices]
+        lines += [f"env {name}={value}" for name, value in answer.envs.items()]
+        lines += [f"mount {m.container_path} from {m.host_path}" for m in answer.mounts]
+        print_step(step, *lines)
         start = api.PreStartContainerRequest(devices_ids=[card_id])
         await plugin.PreStartContainer(start, timeout=STREAM_S)
-        print_step(steps, f"5. PreStartContainer: {card_id} is still there and healthy")
+        print_step(f"5. PreStartContainer: {card_id} is still there and healthy")
     stream.cancel()
 
 
@@ -2215,30 +2051,28 @@ async def until_signal(work: Coroutine[Any, Any, int | None]) -> int:
     Both signals stay blocked in all threads, so that none can kill the process while it starts or
     ends, and a thread waits for the first one.
     """
-    task, stop, loop = asyncio.ensure_future(work), asyncio.Event(), asyncio.get_running_loop()
+    task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
 
     def wait_for_signal() -> None:
         signal.sigwait(STOP_SIGNALS)
         with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended by itself
-            loop.call_soon_threadsafe(stop.set)
+            loop.call_soon_threadsafe(task.cancel)
 
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
-    told = asyncio.create_task(stop.wait())
-    await asyncio.wait([task, told], return_when=asyncio.FIRST_COMPLETED)
-    told.cancel()
-    if not task.done():
-        task.cancel()
-        await asyncio.wait([task])
+    try:
+        return await task or 0
+    except asyncio.CancelledError:
         log.info("told to stop, and done")
-    # gRPC's handlers end a moment after their server. Cancelled by asyncio.run, they would be
-    # logged with a traceback.
-    if ending := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(ending, timeout=STOP_S)
-    return 0 if task.cancelled() else task.result() or 0
+        return 0
+    finally:
+        # gRPC's handlers end a moment after their server. Cancelled by asyncio.run, they would be
+        # logged with a traceback.
+        if ending := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(ending, timeout=STOP_S)
 
 
 def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    """Does what the flags say. Returns the exit code. Raises CannotWork."""
+    """Does what the flags say. Returns the exit code. Raises CannotWork, OSError."""
     import tempfile
 
     def temporary_folder(name: str) -> Path:
@@ -2256,7 +2090,11 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         make_fake_tree(top, options.fake)
         settings = replace(settings, sysfs_root=top / "sys", dev_root=top / "dev", fake=True)
     if options.list:
-        print_list(discover_once(settings), options.json)
+        snapshot = discover_once(settings)
+        if options.json:
+            print(json.dumps([describe(card) for card in snapshot.cards], indent=2))
+        else:
+            print_list(snapshot)
         return 0
     if options.dry_run:
         settings = replace(settings, kubelet_dir=temporary_folder("tt-dry-run-"))
