@@ -7,16 +7,18 @@ What the kubelet expects of a device plugin, in five steps (README.md has the di
    in sysfs.
 2. **Register.** Serve the DevicePlugin service on a Unix socket beside the kubelet's own, and tell
    the kubelet the socket's name and the resource, such as `tenstorrent.com/n150`.
-3. **ListAndWatch.** The kubelet opens one stream and keeps it. Each message is the whole list.
-4. **Allocate.** For each container that asks for cards: its device nodes, environment and mounts.
+3. **ListAndWatch.** The kubelet opens one stream and keeps it. Each message is the whole list. New
+   Pods get Healthy cards only; a Pod that runs is left alone, whatever becomes of its cards.
+4. **Allocate.** Once for each container that asks for cards, when its Pod is admitted: its device
+   nodes, environment and mounts. The kubelet repeats the answer at each restart of the container.
 5. **PreStartContainer.** Before each start and restart of it: are its cards there and healthy?
 
 What this plugin guarantees beyond that:
 
 - A resource is registered as long as a ListAndWatch stream of it is open. Whatever ends the stream,
   the plugin registers again once a kubelet answers.
-- A card's ID comes from its hardware alone. A card that was offered stays listed, Unhealthy with a
-  reason, until it is back.
+- A card's ID comes from its hardware alone. A card that was offered stays listed while the plugin
+  runs, Unhealthy with a reason until it is back.
 - Unknown is not dead: missing files, old drivers and late telemetry decide nothing.
 - A read that hangs costs its own card only, and no call waits for a read.
 
@@ -126,7 +128,7 @@ class LogOnChange:
 # ==== 2. Records: what was read, what follows from it, and what everybody else sees ===============
 
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"  # the device plugin API's words for a card's health
-PENDING = "pending"  # ours: not to be offered; never sent, see make_card
+PENDING = "pending"  # ours: not to be offered; one that was before is Unhealthy, see make_card
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ ClassDevice = tuple[int, int, str]  # its N, its folder's inode number, and the 
 class Reading(NamedTuple):
     """What one poll saw of a chip."""
 
-    heartbeat: int | None = None  # None: there is no such file, or `fault` says why it was not read
+    heartbeat: int | None = None  # None: there is no such file, or it was not read: see `fault`
     fault: str = ""  # a key of REASONS that needs no history; "" if there is none
     detail: str = ""  # the error's name, such as EIO, for the fault `unreadable`
 
@@ -295,7 +297,10 @@ def is_device_node(path: str, dev: str) -> bool:
 
 
 class Discovery:
-    """All that the plugin knows of where Tenstorrent's chips are and what they say."""
+    """All that the plugin knows of where Tenstorrent's chips are and what they say.
+
+    README's "For another vendor's card" lists what else is Tenstorrent's own.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.sysfs = str(settings.sysfs_root)
@@ -358,13 +363,13 @@ class Discovery:
     def identify(self, chip: Chip) -> Chip:
         """`chip` with all that sysfs tells about it."""
         folder = self.folder(chip.index)
+        # A second look where the first one is incomplete: the driver makes the tt_* files one after
+        # another, and a bus that is dead for a moment makes any type "unknown".
         for pause in (0.0, 0.1):
             time.sleep(pause)
             card_type = attribute(f"{folder}/tt_card_type", CARD_TYPE)
             asic_id, serial = (hardware_id(f"{folder}/tt_{name}") for name in ("asic_id", "serial"))
-            # The driver makes the tt_* files one after another, and a bus that is dead for a moment
-            # makes any type "unknown". Only what is the same a moment later is a fact.
-            if not card_type or (card_type != "unknown" and asic_id):
+            if not card_type or (card_type != "unknown" and asic_id and serial):
                 break
         dev = attribute(f"{folder}/dev", r"[0-9]+:[0-9]+")
         arch = ARCHITECTURES.get(attribute(f"{folder}/device/device"), "")
@@ -448,7 +453,7 @@ HARMLESS = ("unreadable",)
 
 
 def make_verdict(kind: str, **facts: object) -> Verdict:
-    """The verdict of one kind of REASONS. Raises KeyError for a fact that its text lacks."""
+    """The verdict of one kind of REASONS. Raises KeyError if its text needs another fact."""
     health = PENDING if kind in NOT_OFFERED else HEALTHY if kind in HARMLESS else UNHEALTHY
     return Verdict(health, kind, REASONS[kind].format(**facts))
 
@@ -468,10 +473,11 @@ class HealthHistory:
         """Takes in one reading, and says what it means."""
         self._observe(reading, now)
         kind = reading.fault
-        if kind in ("", *HARMLESS) and self.recovery_beats:
-            kind = self.failure
-        if reading.fault in ("", *HARMLESS) and chip.unknown:
+        fine = kind in ("", *HARMLESS)
+        if fine and chip.unknown:
             kind = chip.unknown
+        elif fine and self.recovery_beats:
+            kind = self.failure
         if kind == "pending" and now - self.appeared > TELEMETRY_S:
             kind = "no-telemetry"
         return make_verdict(kind, chip=chip, detail=reading.detail) if kind else Verdict()
@@ -529,11 +535,11 @@ def make_card(members: Sequence[Judged], known: Card | None, settings: Settings)
     model = first.arch if first.card_type == "unknown" else first.card_type
     if not settings.variants:
         model = re.sub(r"^(p\d+)[abc]$", r"\1", model)
-    if known and first.unknown:
-        model = known.model
-    if known and verdict.health == PENDING:
-        verdict = replace(verdict, health=UNHEALTHY)
-    offered = verdict.health != PENDING and not (first.unknown and not known)
+    if known:  # it stays listed, under the model that it had
+        model = known.model if first.unknown else model
+        if verdict.health == PENDING:
+            verdict = replace(verdict, health=UNHEALTHY)
+    offered = bool(known) or (verdict.health != PENDING and not first.unknown)
     resource = f"{settings.resource_domain}/{model}" if offered else None
     return Card(first.card_id, model, resource, tuple(chips), verdict)
 
@@ -595,9 +601,9 @@ class ChipReader:
         """The chip, and what its newest reading means, or that there is none."""
         hangs = not self.idle.is_set()
         chip, reading = self.newest
-        return chip, self.history.update(
-            chip, Reading(fault="read-hangs") if hangs else reading, now
-        )
+        if hangs:
+            reading = Reading(fault="read-hangs")
+        return chip, self.history.update(chip, reading, now)
 
     def end(self) -> None:
         """Lets the thread end, once its read has returned."""
@@ -609,7 +615,8 @@ class ChipReader:
             try:
                 self.newest = discovery.read(chip)
             except Exception as error:  # a defect costs this chip's readings, not all polls
-                log.exception("chip %s cannot be read", chip.pci)
+                if self.newest[1].detail != repr(error):  # once
+                    log.exception("chip %s cannot be read", chip.pci)
                 self.newest = chip, Reading(None, "unreadable", repr(error))
             self.idle.set()
 
@@ -650,10 +657,11 @@ class Inventory:
         Raises OSError for what is no chip's fault, such as a lack of file descriptors."""
         self._find_chips()
         asked = [reader for reader in self.readers.values() if reader.ask()]
-        until = time.monotonic() + READ_S
+        waits = round(READ_S / 0.05)
         for reader in asked:
-            # A moment at least: after a SIGSTOP the clock has jumped, and no thread has run yet.
-            reader.idle.wait(max(0.01, until - time.monotonic()))
+            # Counted, not timed: when the process was stopped, no thread has run, but time passed.
+            while waits and not reader.idle.wait(0.05):
+                waits -= 1
         judged = [reader.judge(now) for reader in self.readers.values()]
         for chip in self._bare:  # the driver is bound a moment before it has made the class device
             kind = "pending" if chip.driver == "tenstorrent" else "no-driver"
@@ -667,7 +675,7 @@ class Inventory:
         found = {chip.class_device: chip for chip in self.discovery.chips()}
         for each in before - found.keys():
             self.readers.pop(each).end()
-        for each in [each for each in found if each not in before]:
+        for each in found.keys() - before:
             self.readers[each] = ChipReader(self.discovery, found[each])
         # Where a function has no class device, its driver may change, or the function go.
         if not self.snapshot.polled or self._bare or before != self.readers.keys():
@@ -905,7 +913,8 @@ class DevicePlugin(rpc.DevicePluginServicer):
         containers = [list(each.devices_ids) for each in request.container_requests]
         # One card may not go to two containers: the IDs of all must be different.
         given = resolve_cards(snapshot, self.resource, list(chain(*containers)))
-        answer, allocated = api.AllocateResponse(), dict[str, list[str]]()
+        answer = api.AllocateResponse()
+        allocated: dict[str, list[str]] = {}
         for ids in containers:
             cards = resolve_cards(snapshot, self.resource, ids)
             paths = {card.id: host_paths(self.inventory, card) for card in cards}
@@ -914,8 +923,9 @@ class DevicePlugin(rpc.DevicePluginServicer):
             names = self.shared.cdi_names(cards)
             one.cdi_devices.extend(api.CDIDevice(name=name) for name in names)
             answer.container_responses.append(one)
-            # CDI takes no links: a card that has moved would be two device nodes for one chip.
-            allocated |= {card.id: card.device_nodes for card in cards} if names else paths
+            if names:  # CDI takes no links: a card that has moved would be two nodes for one chip
+                paths = {card.id: card.device_nodes for card in cards}
+            allocated |= paths
         self.shared.allocated |= allocated
         self.shared.count("allocations_total", len(containers), resource=self.resource)
         text, extra = ", ".join(map(str, given)), {"resource": self.resource}
@@ -924,11 +934,14 @@ class DevicePlugin(rpc.DevicePluginServicer):
 
     @refusing
     def PreStartContainer(self, request: Any) -> api.PreStartContainerResponse:
-        """Refuses a card that is not healthy, or that has moved since the container's Allocate."""
+        """Refuses a card that is not healthy, or that has moved since the container's Allocate.
+
+        What an earlier instance allocated is not known: without by-id links, that is not noticed.
+        """
         for card in resolve_cards(self.inventory.snapshot, self.resource, request.devices_ids):
-            usable = host_paths(self.inventory, card), card.device_nodes
-            promised = self.shared.allocated.get(card.id, card.device_nodes)
-            if promised not in usable:
+            paths = host_paths(self.inventory, card)
+            promised = self.shared.allocated.get(card.id, paths)
+            if promised != paths and promised != card.device_nodes:  # by-id links may be new
                 sentence = f"{card}: it was {', '.join(promised)} when this Pod was admitted: "
                 sentence += "delete the Pod, so that a new one gets the right device "
                 sentence += "(/dev/tenstorrent/by-id on the host avoids this)"
@@ -942,13 +955,14 @@ class DevicePlugin(rpc.DevicePluginServicer):
 # system: a kubelet drops a stream and keeps running; or, up to 1.36, the end of an older stream of
 # the same resource disconnects the newer registration for good (handler.go).
 
-# How often to look for a kubelet and the lock. To register takes a few ms; 0.1 s is promised.
+# How often to look for a kubelet and the lock. To register takes a few ms; README promises 0.1 s.
 PACE_S = 0.05
 # Limit of Register: from 1.32 the kubelet dials back inside it, for 10 s at most (endpoint.go).
 REGISTER_S = 12.0
 STREAM_S = 5.0  # how soon after Register the kubelet must open its stream
-# How long one kubelet is left alone: 4 ms at first, then twice as long each time, up to this if it
-# has failed a registration, or has dropped a stream within a second. Another one is met at once.
+# Pause before the same kubelet is tried again: 4 ms, doubled each time, up to FAILED_S after a
+# registration that failed, and DROPPED_S after a stream of less than a second. Another kubelet,
+# which has another kubelet.sock, is tried at once.
 FAILED_S, DROPPED_S = 5.0, 0.03
 STOP_S = 0.2  # grace for calls under way when a server stops; its streams end by themselves
 REQUEST_BYTES = 256 * 1024  # largest request: ten times the IDs of the largest node
@@ -1109,7 +1123,7 @@ class Registrar:
         """Resource -> "" if it is registered, else why not. Callable in any thread."""
         status = dict.fromkeys(self.inventory.snapshot.resources, "")
         for resource in status.keys() - self._registered:
-            refused = self._refused.get(resource, self._waiting).problem
+            refused = self._refused[resource].problem if resource in self._refused else ""
             why = self._waiting.problem or refused or "waiting for the kubelet's answer"
             status[resource] = why
         return status
@@ -1124,6 +1138,7 @@ class Registrar:
                     tasks[resource] = asyncio.create_task(self.run_resource(resource))
                 for resource in tasks.keys() - set(resources):
                     await cancel_and_wait([tasks.pop(resource)])
+                # Under "", which is no resource: the line above ends it in the next round.
                 tasks[""] = asyncio.create_task(self._wait_for_others_than(resources))
                 await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
                 for task in tasks.values():
@@ -1148,7 +1163,7 @@ class Registrar:
             try:
                 cause, problem = await self.register_once(resource, kubelet, cause)
             except OSError as error:
-                cause, problem = "no-socket", str(error.strerror)
+                cause, problem = "no-socket", str(error.strerror or error)
             except Exception as error:  # a defect must cost one try, not the resource
                 log.exception("registering %s failed", resource)
                 cause, problem = "defect", repr(error)
@@ -1162,7 +1177,8 @@ class Registrar:
         until, pause = time.monotonic() + backoff, min(backoff, PACE_S)
         while True:
             await asyncio.sleep(pause)
-            pause, problem = PACE_S, self.lock.try_acquire()
+            pause = PACE_S
+            problem = self.lock.try_acquire()
             try:
                 kubelet = None if problem else file_id(self.kubelet)
                 if kubelet and kubelet == last and time.monotonic() < until:
@@ -1183,7 +1199,7 @@ class Registrar:
             try:
                 await self._register(resource, endpoint)
             except grpc.aio.AioRpcError as error:
-                if not accepts_connections(self.kubelet):  # it has ended, and that is all
+                if not accepts_connections(self.kubelet):  # it has ended: the old cause stands
                     return cause, ""
                 answer = f"{error.code().name}: {error.details()}"
                 return "register-failed", f"the kubelet has not registered it: {answer}"
@@ -1206,9 +1222,8 @@ class Registrar:
                 await plugin.ended.wait()
             finally:
                 self._registered.discard(resource)
-            log.warning(
-                "the kubelet's stream of %s has ended: registering again", resource, extra=extra
-            )
+            text = "the kubelet's stream of %s has ended: registering again"
+            log.warning(text, resource, extra=extra)
         return "stream-ended", ""
 
     async def _register(self, resource: str, endpoint: str) -> None:
