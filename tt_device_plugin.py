@@ -1345,6 +1345,10 @@ class BoundedQueueHandler(logging.handlers.QueueHandler):
 
     dropped = 0
 
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """As it is: the thread formats it, so that no call waits for that."""
+        return record
+
     def enqueue(self, record: logging.LogRecord) -> None:
         """Puts a line into the queue, if there is room."""
         try:
@@ -1366,6 +1370,7 @@ class JsonFormatter(logging.Formatter):
         line = {"ts": self.formatTime(record, self.datefmt), "level": record.levelname.lower()}
         line["msg"] = record.getMessage()
         facts = {key: getattr(record, key, "") for key in ("card", "resource", "reason", "since")}
+        facts["exception"] = self.formatException(record.exc_info) if record.exc_info else ""
         return json.dumps(line | {key: text for key, text in facts.items() if text})
 
 
@@ -1387,8 +1392,7 @@ def set_up_logging(style: str, level: str) -> Callable[[], bool]:
     stderr = logging.StreamHandler()
     stderr.setFormatter(formatter)
     lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
-    logging.getLogger().handlers = [BoundedQueueHandler(lines)]
-    logging.getLogger().setLevel(level.upper())
+    logging.basicConfig(level=level.upper(), handlers=[BoundedQueueHandler(lines)], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("grpc._cython.cygrpc").addFilter(in_one_line)
     logging.handlers.QueueListener(lines, stderr).start()
