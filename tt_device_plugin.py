@@ -68,7 +68,7 @@ from collections.abc import (
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import google.protobuf.message
 import grpc.aio
@@ -1382,9 +1382,9 @@ def in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def set_up_logging(style: str, level: str) -> Callable[[], bool]:
+def set_up_logging(style: str, level: str) -> Callable[[], object]:
     """Logs to stderr in a thread. Returns a function that waits 0.5 s at most for the lines that
-    are not written yet, and tells whether all are."""
+    are not written yet."""
     formatter = (JsonFormatter if style == "json" else logging.Formatter)(
         "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"
     )
@@ -1397,9 +1397,9 @@ def set_up_logging(style: str, level: str) -> Callable[[], bool]:
     logging.getLogger("grpc._cython.cygrpc").addFilter(in_one_line)
     logging.handlers.QueueListener(lines, stderr).start()
 
-    def drain() -> bool:
+    def drain() -> None:
         with lines.all_tasks_done:
-            return lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
+            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
 
     return drain
 
@@ -2125,8 +2125,8 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     return asyncio.run(until_signal(serve(settings)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code; raises SystemExit(2) for wrong flags."""
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The program. Ends the process; raises SystemExit(2) for wrong flags."""
     # Before any thread is started, which inherits this: see until_signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     options = parse(sys.argv[1:] if argv is None else argv, os.environ)
@@ -2137,10 +2137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CannotWork, OSError) as error:
         log.error("%s", error)
         code = 1
-    if not drain():  # nobody reads stderr: Python's own way out would wait for it, for ever
-        os._exit(code)
-    return code
+    drain()
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+    # Python's own way out would wait for a log that nobody reads, and at times for gRPC's threads,
+    # for ever.
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
