@@ -70,6 +70,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+# Read at the import: gRPC's own lines, such as that a peer has gone away, would be noise on stderr.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 import google.protobuf.message
 import grpc.aio
 from grpc import StatusCode
