@@ -56,15 +56,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import (
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -509,16 +501,16 @@ READ_S = 2.0  # how long a poll waits for the reads of all chips together
 Judged = tuple[Chip, Verdict]
 
 
-def judge_card(members: Sequence[Judged], known: Card | None) -> Verdict:
-    """A card's verdict from those of its chips. `known` is the card as it was offered before.
+def judge_card(members: Sequence[Judged], away: Sequence[Chip]) -> Verdict:
+    """A card's verdict from those of its chips. `away` are those that it had, and has no more.
 
     Half a p300 is never offered: its chips would go by one ID alone and by another as a pair.
     """
     first, here = members[0][0], ", ".join(chip.pci for chip, _ in members)
     wanted = 2 if first.card_id.startswith("p300-") else 1
     if len(members) < wanted:
-        away = [chip.pci for chip in known.chips if chip.id != first.id] if known else []
-        return make_verdict("half", here=here, missing=", ".join(away) or "the other one")
+        missing = ", ".join(chip.pci for chip in away) or "the other one"
+        return make_verdict("half", here=here, missing=missing)
     if len(members) > wanted:
         return make_verdict("same-id", here=here)
     order = (HEALTHY, PENDING, UNHEALTHY)
@@ -530,11 +522,11 @@ def judge_card(members: Sequence[Judged], known: Card | None) -> Verdict:
 
 def make_card(members: Sequence[Judged], known: Card | None, settings: Settings) -> Card:
     """The card that `members` make up. `known` is the card of this ID as it was offered before."""
-    first, verdict = members[0][0], judge_card(members, known)
-    chips = [chip for chip, _ in members]
-    if known and verdict.kind == "half":  # go on to show the chip that is away
-        chips += [chip for chip in known.chips if chip.id != first.id]
-        chips.sort(key=lambda chip: chip.pci)
+    first, chips = members[0][0], [chip for chip, _ in members]
+    away = [chip for chip in known.chips if chip.id != first.id] if known else []
+    verdict = judge_card(members, away)
+    if verdict.kind == "half":  # go on to show the chip that is away
+        chips = sorted([*chips, *away], key=lambda chip: chip.pci)
     model = first.arch if first.card_type == "unknown" else first.card_type
     if not settings.variants:
         model = re.sub(r"^(p\d+)[abc]$", r"\1", model)
@@ -983,6 +975,11 @@ def accepts_connections(path: Path) -> bool:
         return True
 
 
+def grpc_target(path: Path) -> str:
+    """A Unix socket as gRPC names it: a URI, so that a % in the path has to be escaped."""
+    return "unix:" + urllib.parse.quote(os.fspath(path))
+
+
 class InstanceLock:
     """One plugin per kubelet folder: an flock on the folder itself, which dies with its holder.
 
@@ -1094,7 +1091,7 @@ async def serving(plugin: DevicePlugin, folder: Path) -> AsyncIterator[str]:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", REQUEST_BYTES)])
     rpc.add_DevicePluginServicer_to_server(plugin, server)
     try:
-        server.add_insecure_port("unix:" + urllib.parse.quote(os.fspath(path)))
+        server.add_insecure_port(grpc_target(path))
     except RuntimeError as error:  # grpcio does not say why
         reason = f"cannot make a socket in {folder} (no space, no inodes?)"
         raise OSError(errno.EIO, reason) from error
@@ -1127,8 +1124,9 @@ class Registrar:
         status = dict.fromkeys(self.inventory.snapshot.resources, "")
         for resource in status.keys() - self._registered:
             refused = self._refused[resource].problem if resource in self._refused else ""
-            why = self._waiting.problem or refused or "waiting for the kubelet's answer"
-            status[resource] = why
+            status[resource] = (
+                self._waiting.problem or refused or "waiting for the kubelet's answer"
+            )
         return status
 
     async def run(self) -> None:
@@ -1233,10 +1231,9 @@ class Registrar:
         request = api.RegisterRequest(version="v1beta1", endpoint=endpoint)
         request.resource_name = resource
         request.options.CopyFrom(OPTIONS)
-        target = "unix:" + urllib.parse.quote(os.fspath(self.kubelet))
         # A pool of its own: the shared one remembers a failed dial, and delays the next by 1 s.
         options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(target, options=options) as channel:
+        async with grpc.aio.insecure_channel(grpc_target(self.kubelet), options) as channel:
             await rpc.RegistrationStub(channel).Register(request, timeout=REGISTER_S)
 
 
@@ -1536,7 +1533,7 @@ class Metrics:
                 self._reading.discard(reader)
         add("junk_readings_total", self.junk[chip.pci], **of)
 
-    def _sensors(self, chip: Chip) -> Iterator[tuple[str, float]]:
+    def _sensors(self, chip: Chip) -> Iterable[tuple[str, float]]:
         sysfs, entry = self.inventory.discovery.sysfs, self.inventory.discovery.folder(chip.index)
         # The newest: a reset makes another hwmonX, and old drivers leave the dead one (tt-kmd#25).
         monitors = [str(path) for path in Path(f"{entry}/device/hwmon").glob("hwmon*")]
@@ -1929,7 +1926,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
     if options.list and options.dry_run:
         parser.error("--list and --dry-run exclude each other")
     socket_name = SOCKET.format(model=max(FAKE_CARDS, key=len), token="0" * 6)
-    longest = options.kubelet_dir / "device-plugins" / socket_name
+    longest = Settings(kubelet_dir=options.kubelet_dir).plugin_dir / socket_name
     if (excess := len(os.fsencode(longest)) - 107) > 0:  # Linux unix(7): 108 with the NUL
         text = f"is {excess} bytes too long for the paths of sockets in it"
         parser.error(f"--kubelet-dir {options.kubelet_dir} {text}")
@@ -2005,7 +2002,7 @@ async def dry_run(settings: Settings) -> int:
     server, kubelet = grpc.aio.server(), DryRunKubelet()
     rpc.add_RegistrationServicer_to_server(kubelet, server)
     try:
-        server.add_insecure_port(f"unix:{settings.plugin_dir}/kubelet.sock")
+        server.add_insecure_port(grpc_target(settings.plugin_dir / "kubelet.sock"))
         async with running(server):
             await dry_run_steps(settings, kubelet)
         print("\nEvery step held.")
@@ -2030,7 +2027,7 @@ async def dry_run_steps(settings: Settings, kubelet: DryRunKubelet) -> None:
             if request.resource_name in left:  # else its stream has ended, and it registers again
                 left.remove(request.resource_name)
                 print_step("2. Register: the plugin calls the kubelet", request)
-                target = f"unix:{settings.plugin_dir}/{request.endpoint}"
+                target = grpc_target(settings.plugin_dir / request.endpoint)
                 async with grpc.aio.insecure_channel(target) as channel:
                     await dry_run_resource(rpc.DevicePluginStub(channel), request)
     finally:
@@ -2128,11 +2125,11 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     return asyncio.run(until_signal(serve(settings)))
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
+def main() -> NoReturn:
     """The program. Ends the process; raises SystemExit(2) for wrong flags."""
     # Before any thread is started, which inherits this: see until_signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    options = parse(sys.argv[1:] if argv is None else argv, os.environ)
+    options = parse(sys.argv[1:], os.environ)
     drain = set_up_logging(options.log_format, options.log_level)
     try:
         with contextlib.ExitStack() as stack:

@@ -30,7 +30,7 @@ signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 from tt_device_plugin import main
 
-raise SystemExit(main())
+main()
 '''
 
 # What the plugin imports, and what it imports only when it needs that.

@@ -99,4 +99,4 @@ except ImportError as error:  # such as no libstdc++.so.6, or what Debian's pyth
     need = "It needs all of python3's standard library, libstdc++6, and /proc"
     sys.exit("%s cannot start: %s. %s" % (ARCHIVE, error, need))
 
-raise SystemExit(main())
+main()
