@@ -36,6 +36,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
@@ -46,12 +47,13 @@ import pytest
 import yaml
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from google.protobuf import descriptor_pb2, json_format, message_factory
+from google.protobuf import descriptor_pb2, json_format
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import api_pb2
+import api_pb2_grpc
 import tt_device_plugin as tt
 
 HERE = Path(__file__).resolve().parent
@@ -59,8 +61,8 @@ HERE = Path(__file__).resolve().parent
 # ==== The wire ====================================================================================
 
 # Kubernetes 1.36, package v1beta1: the fields of each message, numbered from 1 in this order.
-# "*" is repeated, "map" goes from string to string. The fake kubelet takes its messages from here,
-# not from the plugin's stubs, so every test of the plugin is also a test of the wire.
+# "*" is repeated, "map" goes from string to string. The stubs, which the fake kubelet uses as the
+# plugin does, are held against it by test_wire.
 WIRE = """
 Empty:
 DevicePluginOptions: bool pre_start_required, bool get_preferred_allocation_available
@@ -99,31 +101,6 @@ SERVICES = {
 }
 
 
-def build_messages() -> dict[str, Any]:
-    """The table's message classes, in a pool of their own: the plugin's stubs claim the default."""
-    file = descriptor_pb2.FileDescriptorProto(name="wire", package="v1beta1", syntax="proto3")
-    for message, fields in (line.split(":") for line in WIRE.strip().splitlines()):
-        made = file.message_type.add(name=message)
-        for number, text in enumerate(filter(None, fields.split(",")), start=1):
-            kind, name = text.split()
-            if kind == "map":  # on the wire a map is repeated pairs, in the descriptor a message
-                entry = made.nested_type.add(name=name.capitalize() + "Entry")
-                entry.options.map_entry = True
-                for half, key in enumerate(("key", "value"), start=1):
-                    entry.field.add(number=half, name=key, type="TYPE_STRING", label=1)
-                kind = f"*{message}.{entry.name}"
-            new = made.field.add(number=number, name=name, label=3 if kind[0] == "*" else 1)
-            if (kind := kind.lstrip("*")) in ("string", "bool", "int32", "int64"):
-                new.type = new.Type.Value(f"TYPE_{kind.upper()}")
-            else:
-                new.type, new.type_name = new.TYPE_MESSAGE, f".v1beta1.{kind}"
-    classes = message_factory.GetMessages([file])
-    return {name.removeprefix("v1beta1."): made for name, made in classes.items()}
-
-
-MESSAGES = build_messages()
-
-
 def as_dict(message: Any) -> dict[str, Any]:
     """A message with the proto's names and with every field: an absent list is an empty one."""
     return json_format.MessageToDict(
@@ -133,23 +110,13 @@ def as_dict(message: Any) -> dict[str, Any]:
 
 def stub(channel: Any, service: str, method: str) -> Any:
     """The client's side of a method, on a channel of grpc or of grpc.aio."""
-    request, response = SERVICES[service][method].split()
-    make = channel.unary_stream if response[0] == "*" else channel.unary_unary
-    from_bytes = MESSAGES[response.lstrip("*")].FromString
-    return make(f"/v1beta1.{service}/{method}", MESSAGES[request].SerializeToString, from_bytes)
+    return getattr(getattr(api_pb2_grpc, f"{service}Stub")(channel), method)
 
 
 def serve(server: Any, service: str, behaviour: Callable[[str], Any]) -> None:
     """Add a service to a server of grpc or of grpc.aio; `behaviour` has the handler of a method."""
-    handlers = {}
-    for method, types in SERVICES[service].items():
-        request, response = types.split()
-        kind = "unary_stream" if response[0] == "*" else "unary_unary"
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        to_bytes = MESSAGES[response.lstrip("*")].SerializeToString
-        handlers[method] = make(behaviour(method), MESSAGES[request].FromString, to_bytes)
-    made = grpc.method_handlers_generic_handler(f"v1beta1.{service}", handlers)
-    server.add_generic_rpc_handlers((made,))
+    servicer = SimpleNamespace(**{method: behaviour(method) for method in SERVICES[service]})
+    getattr(api_pb2_grpc, f"add_{service}Servicer_to_server")(servicer, server)
 
 
 # ==== The fake kubelet ============================================================================
@@ -221,10 +188,8 @@ class FakeKubelet:
         self.tasks: list[asyncio.Task[Any]] = []
 
     async def obey(self) -> None:
-        """Do what the test commands, until SIGTERM or the end of the test."""
+        """Do what the test commands, until it is killed or the test ends."""
         loop = asyncio.get_running_loop()
-        # A kubelet that ends leaves its sockets as they are, so nothing here may tidy up.
-        loop.add_signal_handler(signal.SIGTERM, os._exit, 0)
 
         async def reply(number: int, command: str, args: Any, more: Any) -> None:
             try:
@@ -305,7 +270,7 @@ class FakeKubelet:
             self.spawn(self.dial(client))
         elif problem := await self.dial(client):
             await context.abort(unknown, f"failed to dial {endpoint}: {problem}")
-        return MESSAGES["Empty"]()
+        return api_pb2.Empty()
 
     async def dial(self, client: Client) -> str:
         """What went wrong, if anything, which 1.20 logs and tells nobody. It dials later, and takes
@@ -319,7 +284,7 @@ class FakeKubelet:
             await asyncio.wait_for(client.channel.channel_ready(), self.dial_limit)
             if not self.old:
                 ask = stub(client.channel, "DevicePlugin", "GetDevicePluginOptions")
-                client.options = await ask(MESSAGES["Empty"]())
+                client.options = await ask(api_pb2.Empty())
                 self.emit("options", client, **as_dict(client.options))
         except (asyncio.TimeoutError, grpc.aio.AioRpcError) as error:
             if not self.old:  # the client before is forgotten, too
@@ -338,7 +303,7 @@ class FakeKubelet:
 
     async def watch(self, client: Client) -> None:
         """Read the stream until it ends, whoever ends it."""
-        stream = stub(client.channel, "DevicePlugin", "ListAndWatch")(MESSAGES["Empty"]())
+        stream = stub(client.channel, "DevicePlugin", "ListAndWatch")(api_pb2.Empty())
         self.emit("stream", client)
         resource, how = client.resource, "OK"
         try:
@@ -404,7 +369,7 @@ class FakeKubelet:
         if client is None or client.stopped:
             text = "has been stopped" if client else "is not registered"
             raise Refusal("KUBELET", f"the endpoint of {resource} {text}")
-        message = MESSAGES[SERVICES["DevicePlugin"][method].split()[0]](**request)
+        message = getattr(api_pb2, SERVICES["DevicePlugin"][method].split()[0])(**request)
         try:
             call = stub(client.channel, "DevicePlugin", method)
             return as_dict(await call(message, timeout=timeout))
@@ -629,22 +594,12 @@ class Kubelet:
             assert not reply.result(20), reply.result()
         self.answering = self.wait(wait, timeout=20, after=mark)["t"]
 
-    def send_signal(self, how: signal.Signals) -> None:
-        """SIGSTOP pauses it: it keeps its streams, and nobody reads them. SIGCONT resumes."""
-        os.kill(self.process.pid, how)
-
-    def end(self, how: signal.Signals) -> None:
-        """End this life and wait until the process is gone."""
-        self.send_signal(how)
+    def kill(self) -> None:
+        """End this life: like a real one it leaves its sockets behind. All connections break."""
+        self.process.kill()
         self.process.join()
         self.reader.join()
         self.process = None
-
-    # Like a real one it leaves its sockets behind. Killed, all its connections break.
-    stop = functools.partialmethod(end, signal.SIGTERM)
-    kill = functools.partialmethod(end, signal.SIGKILL)
-    pause = functools.partialmethod(send_signal, signal.SIGSTOP)
-    resume = functools.partialmethod(send_signal, signal.SIGCONT)
 
     def delete_folder(self) -> None:
         """device-plugins goes in one step: a plugin may remove its socket meanwhile."""
@@ -703,28 +658,19 @@ class Kubelet:
         return sorted(self.seen("devices", resource=resource)[-1]["devices"])
 
 
-@dataclass(frozen=True)
-class Chip:
-    """One PCIe device. What is None is a file that this driver or firmware does not make."""
+@dataclass(frozen=True, slots=True)
+class Chip(tt.Chip):
+    """One PCIe device. A fact that is "" is a file that this driver or firmware does not make."""
 
-    bdf: str  # PCI address: what a chip is known by in these tests
-    n: int  # /dev/tenstorrent/N
-    card_type: str | None = "n150"
-    asic_id: str | None = None  # since driver 2.3
-    serial: str | None = None
-    firmware: str | None = "80.17.0.0"
-    heartbeat: bool = True  # since driver 2.7
     arch: str = "wormhole"
-    node: str = "/dev/null"  # stands for the device node: a character device that needs no root
-    numa: int = 0
-    iommu: str | None = "DMA-FQ"
+    card_type: str = "n150"
+    firmware: str = "80.17.0.0"
+    numa_node: int | None = 0
+    iommu: str = "DMA-FQ"
+    target: str = "/dev/null"  # the device node links to it: a character device that needs no root
+    heartbeat: bool = True  # since driver 2.7
     hwmon: bool = True
     by_id: bool = False  # udev's link, since driver 2.6
-
-    @property
-    def id(self) -> str:
-        """The card's ID at the kubelet, if this chip is a card of its own."""
-        return f"{self.arch}-{self.asic_id}" if self.asic_id else self.bdf
 
 
 # 54.3 C, 75 C, 240 A and 100 W: captured (tt-smi-s_n150_kmd1.33). The rest is from another plugin's
@@ -734,7 +680,8 @@ SENSORS += "curr1_max=240000 power1_input=15000000 power1_max=100000000"
 
 
 class Tree:
-    """A sysfs and a /dev, as the driver lays them out. Files change atomically, as in sysfs."""
+    """The plugin's own made-up sysfs and /dev, and what becomes of it. Files change atomically, as
+    in sysfs."""
 
     def __init__(self, root: Path, chips: Sequence[Chip] = (), driver: Any = "2.10.0") -> None:
         self.root, self.sys, self.dev = root, root / "sys", root / "dev"
@@ -747,7 +694,6 @@ class Tree:
         self.still: set[str] = set()  # whose hearts do not beat: a test adds and discards
         for folder in (self.drafts, self.dev, self.sys / "bus/pci/devices"):
             folder.mkdir(parents=True)
-        self.write(self.sys / "devices/system/node/online", "0-1\n")
         if driver:  # None: it is not loaded
             (self.sys / "class/tenstorrent").mkdir(parents=True)
             self.write(self.sys / "module/tenstorrent/version", f"{driver}\n")
@@ -759,10 +705,10 @@ class Tree:
 
     def entry(self, bdf: str) -> Path:
         """The folder of the driver's attributes, behind the link in the class."""
-        return self.pci(bdf) / "tenstorrent" / f"tenstorrent!{self.chips[bdf].n}"
+        return self.pci(bdf) / "tenstorrent" / f"tenstorrent!{self.chips[bdf].index}"
 
     def node(self, bdf: str) -> Path:
-        return self.dev / "tenstorrent" / str(self.chips[bdf].n)
+        return self.dev / "tenstorrent" / str(self.chips[bdf].index)
 
     def path(self, bdf: str, file: str) -> Path:
         """One of the driver's files, or `device/...`, one of the PCI device's."""
@@ -770,16 +716,10 @@ class Tree:
         return self.entry(bdf) / file if inside == file else self.pci(bdf) / inside
 
     def write(self, path: Path, text: str | bytes) -> None:
-        """A file that is never seen half written. In sysfs a new value changes no folder's times,
-        so one of the same length does not do so here."""
-        data = text.encode() if isinstance(text, str) else text
-        if path.is_file() and path.stat().st_size == len(data):
-            with path.open("r+b", buffering=0) as file:
-                file.write(data)
-            return
+        """A file that is never seen half written."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.drafts / f"{threading.get_ident()}"
-        draft.write_bytes(data)
+        draft.write_bytes(text.encode() if isinstance(text, str) else text)
         draft.replace(path)
 
     def set(self, bdf: str, file: str, text: str | bytes | None) -> None:
@@ -792,32 +732,18 @@ class Tree:
     def add(self, chip: Chip) -> None:
         """The PCI device is probed: attributes first, the link in the class last."""
         with self.lock:
-            assert chip.n not in [other.n for other in self.chips.values()], chip
-            self.chips[chip.bdf] = chip
-            rdev, device = os.stat(chip.node).st_rdev, {"wormhole": "401e"}.get(chip.arch, "b140")
-            files = f"device/vendor=0x1e52 device/device=0x{device} device/numa_node={chip.numa} "
-            files += f"dev={os.major(rdev)}:{os.minor(rdev)} tt_card_type={chip.card_type} "
-            files += f"tt_aiclk={500 if chip.card_type else None} tt_asic_id={chip.asic_id} "
-            files += f"tt_serial={chip.serial} tt_fw_bundle_ver={chip.firmware} "
-            files += f"tt_heartbeat={next(self.beats) if chip.heartbeat else None}"
-            for sensor in f"name={chip.arch} {SENSORS}".split() if chip.hwmon else ():
-                files += f" device/hwmon/hwmon{chip.n + 2}/{sensor}"
-            for file, _, text in (each.partition("=") for each in files.split()):
-                if text != "None":
-                    self.write(self.path(chip.bdf, file), f"{text}\n")
-            pci, entry, node = self.pci(chip.bdf), self.entry(chip.bdf), self.node(chip.bdf)
-            node.parent.mkdir(exist_ok=True)
-            node.symlink_to(chip.node)
-            links = {entry / "device": pci, self.sys / "bus/pci/devices" / chip.bdf: pci}
+            assert chip.index not in [other.index for other in self.chips.values()], chip
+            self.chips[chip.pci] = chip
+            files = [f"tt_heartbeat={next(self.beats)}"] * chip.heartbeat
+            files += ["tt_aiclk=500"] * bool(chip.card_type)
+            sensors = SENSORS.split() if chip.hwmon else []
+            files += [f"device/hwmon/hwmon{chip.index + 2}/{sensor}" for sensor in sensors]
+            for file, _, text in (each.partition("=") for each in files):
+                self.set(chip.pci, file, f"{text}\n")
             if chip.by_id:
-                links[self.by_id / chip.id] = node
-            if chip.iommu:
-                links[pci / "iommu_group"] = self.sys / f"kernel/iommu_groups/{20 + chip.n}"
-                self.write(links[pci / "iommu_group"] / "type", f"{chip.iommu}\n")
-            links[self.sys / "class/tenstorrent" / entry.name] = entry
-            for link, target in links.items():
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(os.path.relpath(target, link.parent))
+                self.by_id.mkdir(parents=True, exist_ok=True)
+                (self.by_id / chip.id).symlink_to(f"../{chip.index}")
+            tt.lay_out(self.root, chip, chip.target)
 
     def remove(self, bdf: str, driver: str = "") -> Chip:
         """The chip goes, by hot-unplug or reset: sysfs, device node, and the folder with the last.
@@ -878,8 +804,13 @@ def chips(card_type: str, *places: str, **facts: Any) -> tuple[Chip, ...]:
     and NUMA nodes are made up; what else is captured is said."""
     made = []
     for n, (bus, asic, serial) in enumerate(place.split() for place in places):
-        known = {"asic_id": f"0D0CB6F1E7A5{asic}", "serial": serial, "numa": int(bus > "40")}
-        made.append(Chip(f"0000:{bus}:00.0", n, card_type, **{**known, **facts}))
+        known: Any = {
+            "asic_id": f"0D0CB6F1E7A5{asic}",
+            "serial": serial,
+            "numa_node": int(bus > "40"),
+        }
+        known |= {"card_type": card_type, **facts}
+        made.append(Chip(f"0000:{bus}:00.0", n, **known))
     return tuple(made)
 
 
@@ -889,20 +820,13 @@ N150 = chips(
     *("n150", "01 0001 0100018611902010", "02 0002 010001851180B42E"),
     *("41 0003 010001851170C06C", "c1 0004 0100018611902014"),
 )
-N150_OLD_DRIVER = replace(N150[0], asic_id=None, heartbeat=False)  # that host, as it was
+N150_OLD_DRIVER = replace(N150[0], asic_id="", heartbeat=False)  # that host, as it was
 N300 = chips("n300", "c1 0300 010001451172208F")  # tt-smi-s_quietbox_4xn300_kmd1.34: its first
 # A p300's two chips with one serial: derived, not captured (derived_blackhole_boards).
 P300 = chips("p300a", *(f"0{n} 0B0{n - 3} 000004513190F004" for n in (3, 4)), arch="blackhole")
 P300_ID = "p300-000004513190F004"
 NODES = ("/dev/null", "/dev/zero")  # for tests in which chips must not look alike
 R150, R300 = "tenstorrent.com/n150", "tenstorrent.com/n300"
-
-
-def galaxy_chips(arch: str) -> tuple[Chip, ...]:
-    """A Galaxy's 32 chips by bus (tt-smi-s_galaxy-wh_32), for the benchmarks."""
-    buses = [tray + position for tray in range(0, 256, 64) for position in range(1, 9)]
-    places = [f"{bus:02x} 6A{bus:02X} 0100035100000000" for bus in buses]
-    return chips(f"galaxy-{arch}", *places, arch=arch)
 
 
 class Line(NamedTuple):
@@ -1000,7 +924,7 @@ class Puppet:
         def watch(_: Any, context: Any) -> Iterator[Any]:
             context.add_callback(lambda: self.lists.put(None))
             while (devices := self.lists.get()) is not None:
-                yield MESSAGES["ListAndWatchResponse"](devices=devices)
+                yield api_pb2.ListAndWatchResponse(devices=devices)
 
         def reply(message: Any, _: Any) -> Any:
             self.calls.append(method)
@@ -1011,7 +935,7 @@ class Puppet:
                 (asked,) = message.container_requests
                 ids = sorted(asked.available_deviceIDs)[: asked.allocation_size]
                 answer = {"container_responses": [{"deviceIDs": ids}]}
-            return MESSAGES[SERVICES["DevicePlugin"][method].split()[1]](**answer)
+            return getattr(api_pb2, SERVICES["DevicePlugin"][method].split()[1])(**answer)
 
         return watch if method == "ListAndWatch" else reply
 
@@ -1028,7 +952,7 @@ class Puppet:
     def register(self, **fields: Any) -> None:
         """Register, with other values where given; grpc.RpcError if the kubelet refuses."""
         values = {"version": "v1beta1", "endpoint": self.endpoint, "resource_name": self.resource}
-        request = MESSAGES["RegisterRequest"](**{**values, "options": self.announced, **fields})
+        request = api_pb2.RegisterRequest(**{**values, "options": self.announced, **fields})
         with grpc.insecure_channel(f"unix:{self.folder / 'kubelet.sock'}", [LOCAL]) as channel:
             stub(channel, "Registration", "Register")(request, timeout=10)
 
@@ -1180,17 +1104,27 @@ X = "example.com/x"
 
 def test_wire() -> None:
     """The plugin's stubs have exactly the table's messages and methods, and call its paths."""
-    found, wanted = descriptor_pb2.FileDescriptorProto(), descriptor_pb2.FileDescriptorProto()
-    api_pb2.DESCRIPTOR.CopyToProto(found)
-    MESSAGES["Empty"].DESCRIPTOR.file.CopyToProto(wanted)
-    by_name = [{one.name: one for one in file.message_type} for file in (found, wanted)]
-    assert found.package == wanted.package and by_name[0] == by_name[1]
+    file, lines = descriptor_pb2.FileDescriptorProto(), []
+    api_pb2.DESCRIPTOR.CopyToProto(file)
+    for message in file.message_type:
+        assert [one.number for one in message.field] == [*range(1, len(message.field) + 1)]
+        fields = []
+        for one in message.field:
+            kind = one.type_name.removeprefix(".v1beta1.") or one.Type.Name(one.type)[5:].lower()
+            fields.append(f" {'*' * (one.label == one.LABEL_REPEATED)}{kind} {one.name}")
+        text = re.sub(rf"\*{message.name}\.(Envs|Annotations)Entry", "map", ",".join(fields))
+        lines.append(f"{message.name}:{text}")
+        for entry in message.nested_type:
+            types = [(one.name, one.number, one.type) for one in entry.field]
+            assert entry.options.map_entry and types == [("key", 1, 9), ("value", 2, 9)]
+    assert (file.package, file.syntax) == ("v1beta1", "proto3")
+    assert sorted(lines) == sorted(WIRE.strip().splitlines())
     methods, text = dict[str, dict[str, str]](), (HERE / "api_pb2_grpc.py").read_text()
-    for service in found.service:
-        for one in service.method:
-            types = f"{one.input_type} {'*' * one.server_streaming}{one.output_type}"
-            methods.setdefault(service.name, {})[one.name] = types.replace(".v1beta1.", "")
-            assert f"'/v1beta1.{service.name}/{one.name}'" in text
+    for service in file.service:
+        for method in service.method:
+            pair = f"{method.input_type} {'*' * method.server_streaming}{method.output_type}"
+            methods.setdefault(service.name, {})[method.name] = pair.replace(".v1beta1.", "")
+            assert f"'/v1beta1.{service.name}/{method.name}'" in text
     assert methods == SERVICES
 
 
@@ -1358,7 +1292,7 @@ def test_kubelet_topology_hints(kubelet: Kubelet, puppets: Puppets) -> None:
 # ==== Section 3. Discovery: what sysfs says, and what is known of a chip by it ====================
 
 CALM = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-BDF = N150[0].bdf
+BDF = N150[0].pci
 FIRST = tt.Chip(BDF, 0)  # the first chip as it is before it is identified
 UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
 NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
@@ -1379,9 +1313,10 @@ def rows(text: str) -> pytest.MarkDecorator:
 def chip_of(text: str) -> Chip:
     """A chip: N, bus, type, ASIC id (one digit for 16 of them), serial; "-" for no such file."""
     n, bus, *known = text.split()
-    card_type, asic_id, serial = (None if one == "-" else one for one in known)
-    arch = "blackhole" if known[0].startswith("p") else "wormhole"
-    return Chip(f"0000:{bus}:00.0", int(n), card_type, asic_id and asic_id * 16, serial, arch=arch)
+    card_type, asic_id, serial = (one.strip("-") for one in known)
+    chip = Chip(f"0000:{bus}:00.0", int(n), card_type=card_type, asic_id=asic_id * 16)
+    arch = "blackhole" if card_type.startswith("p") else "wormhole"
+    return replace(chip, serial=serial, arch=arch)
 
 
 def brief(snapshot: tt.Snapshot) -> str:
@@ -1427,7 +1362,7 @@ def test_what_sysfs_says_of_a_chip(room: Path, row: str) -> None:
     look = functools.partial(inventory_of(tree).discovery.read, FIRST)
     whole = tt.Chip(BDF, 0, dev="1:3", arch="wormhole", card_type="n150", firmware="80.17.0.0")
     whole = replace(whole, numa_node=0, iommu="DMA-FQ", unknown="")
-    whole = replace(whole, asic_id=N150[0].asic_id or "", serial=N150[0].serial or "")
+    whole = replace(whole, asic_id=N150[0].asic_id, serial=N150[0].serial)
     assert look() == (whole, tt.Reading(1_000_000))
     lacking: Any = {fact: getattr(FIRST, fact), "unknown": "".join(unknown)}
     for text in (*NONSENSE, *(NO_ID if file in ("tt_asic_id", "tt_serial") else ()), None):
@@ -1488,7 +1423,7 @@ def test_what_a_heartbeat_says(room: Path, row: list[str]) -> None:
 def test_what_is_read_again(room: Path) -> None:
     """A late ASIC id; the firmware after a reset in place; all of a chip that was probed anew,
     which has another inode. Nothing else: before driver 2.7 a read could oops the kernel."""
-    tree, opened = Tree(room, [replace(N150[0], asic_id=None)]), list[int]()
+    tree, opened = Tree(room, [replace(N150[0], asic_id="")]), list[int]()
     inventory, entry, draft = inventory_of(tree), tree.entry(BDF), tree.drafts / "new"
     discovery = inventory.discovery
     open_files = len(os.listdir("/proc/self/fd"))
@@ -1548,8 +1483,8 @@ def test_pci_functions_without_a_device_node(room: Path) -> None:
     tree = Tree(room, N150)
     inventory, folder = inventory_of(tree), tree.sys / "bus/pci/devices"
     for chip, driver in zip(N150[1:], ("vfio-pci", "tenstorrent", "x"), strict=True):
-        tree.remove(chip.bdf, driver=driver)
-    (tree.pci(N150[3].bdf) / "driver").unlink()
+        tree.remove(chip.pci, driver=driver)
+    (tree.pci(N150[3].pci) / "driver").unlink()
     tree.write(folder / "0000:99:00.0/vendor", "0x8086\n")
     tree.write(folder / "odd/vendor", "0x1e52\n")
     inventory.poll(0.0)
@@ -1559,7 +1494,7 @@ def test_pci_functions_without_a_device_node(room: Path) -> None:
     assert " is vfio-pci, not" in vfio.verdict.reason and vfio.chips[0].arch == "wormhole"
     assert " is none, not" in none.verdict.reason
     for chip in N150[1:]:
-        (folder / chip.bdf).unlink()
+        (folder / chip.pci).unlink()
     tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
     inventory.poll(1.0)  # no class device has come or gone
     assert len(inventory.snapshot.cards) == 1 and inventory.snapshot.driver == "2.11.0"
@@ -1670,7 +1605,7 @@ WRONG: list[dict[str, Any]] = [
     *({"asic_id": text} for text in ("F" * 16, "0" * 16, "junk")),
     *({"serial": text} for text in ("F" * 16, "0" * 16, "junk")),
     *({"card_type": "unknown", "serial": text} for text in ("F" * 16, "0" * 16)),
-    dict.fromkeys(("card_type", "asic_id", "serial")),
+    dict.fromkeys(("card_type", "asic_id", "serial"), ""),
 ]
 # A poll: is the plugin started anew? How far have the chips moved? Each is away (None), or has
 # something wrong with its files, or nothing, and a fault, or none.
@@ -1682,7 +1617,7 @@ POLLS = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NOD
 @pytest.fixture
 def looks(room: Path) -> list[list[tt.Chip]]:
     """What discovery makes of NODE's chips if all are wrong in one way, for each way."""
-    found, chips = [], [tt.Chip(chip.bdf, chip.n) for chip, _ in NODE]
+    found, chips = [], [tt.Chip(chip.pci, chip.index) for chip, _ in NODE]
     with ThreadPoolExecutor(len(NODE)) as pool:  # it looks again at what makes no sense, later
         for way, wrong in enumerate(WRONG):
             tree = Tree(room / f"{way}", [replace(chip, **wrong) for chip, _ in NODE])
@@ -1730,12 +1665,12 @@ def judged(word: str) -> tt.Judged:
     "=hung" the kind of its verdict."""
     letter, index, bus, unknown, kind = re.findall(r"^(.)(@.)?(/..)?(\??)=?(.*)$", word)[0]
     one = chip_of(ACTORS[letter][0])
-    chip = tt.Chip(f"0000:{bus[1:] or one.bdf[5:7]}:00.0", int(index[1:] or one.n))
+    chip = tt.Chip(f"0000:{bus[1:] or one.pci[5:7]}:00.0", int(index[1:] or one.index))
     if unknown:
         kind = kind or "pending"
     else:
-        chip = replace(chip, arch=one.arch, card_type=one.card_type or "", unknown="")
-        chip = replace(chip, asic_id=one.asic_id or "", serial=one.serial or "")
+        chip = replace(chip, arch=one.arch, card_type=one.card_type, unknown="")
+        chip = replace(chip, asic_id=one.asic_id, serial=one.serial)
     return chip, tt.make_verdict(kind, chip=chip, detail="EIO") if kind else tt.Verdict()
 
 
@@ -1811,11 +1746,12 @@ def test_for_another_vendors_card(room: Path) -> None:
     """With another discovery all the rest is as it is: what is listed, and what a Pod gets."""
     acme = Acme(room, 1, 2, 3)
     shared = tt.Shared(acme.inventory, tt.preferred_allocation, lambda cards: [])
-    plugin, container = tt.DevicePlugin(shared, "x.org/x1"), {"devices_ids": ["acme-3", "acme-1"]}
+    plugin, container = tt.DevicePlugin(shared, "x.org/x1"), api_pb2.ContainerAllocateRequest()
+    container.devices_ids.extend(["acme-3", "acme-1"])
     for n in acme.there:
         (room / str(n)).symlink_to("/dev/null")
     acme.inventory.poll(0.0)
-    request: Any = MESSAGES["AllocateRequest"](container_requests=[container])
+    request = api_pb2.AllocateRequest(container_requests=[container])
     (answer,) = as_dict(asyncio.run(plugin.Allocate(request, None)))["container_responses"]
     paths = [device["host_path"] for device in answer["devices"]]
     assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
@@ -2100,21 +2036,22 @@ def relink(link: Path, target: str) -> None:
 def swapped(chip: Chip, other: Chip) -> list[Chip]:
     """Two chips after a reset that gave them each other's N. The number of a device node goes with
     N, as on a host: only sysfs tells that they are others now."""
-    return [replace(chip, n=other.n, node=other.node), replace(other, n=chip.n, node=chip.node)]
+    first = replace(chip, index=other.index, target=other.target)
+    return [first, replace(other, index=chip.index, target=chip.target)]
 
 
 # What became of udev's link, a device node, or a chip since the last poll; the chip's host path in
 # an answer, or the words of a refusal.
 SINCE_THE_POLL = """
-by-id/{chip.id} ../{chip.n}   /dev/tenstorrent/by-id/{chip.id}
-by-id/{chip.id} -             /dev/tenstorrent/{chip.n}
-by-id/{chip.id} ../{other.n}  /dev/tenstorrent/{chip.n}
-by-id/{chip.id} ../99         /dev/tenstorrent/{chip.n}
-{chip.n} {other.node}         /dev/tenstorrent/{chip.n} is missing or another device
-{chip.n} /etc                 /dev/tenstorrent/{chip.n} is missing or another device
-{chip.n} -                    /dev/tenstorrent/{chip.n} is missing or another device
-chip gone                     /dev/tenstorrent/{chip.n} is no longer chip {chip.bdf}
-chip swapped                  /dev/tenstorrent/{chip.n} is no longer chip {chip.bdf}
+by-id/{chip.id} ../{chip.index}   /dev/tenstorrent/by-id/{chip.id}
+by-id/{chip.id} -             /dev/tenstorrent/{chip.index}
+by-id/{chip.id} ../{other.index}  /dev/tenstorrent/{chip.index}
+by-id/{chip.id} ../99         /dev/tenstorrent/{chip.index}
+{chip.index} {other.target}       /dev/tenstorrent/{chip.index} is missing or another device
+{chip.index} /etc                 /dev/tenstorrent/{chip.index} is missing or another device
+{chip.index} -                    /dev/tenstorrent/{chip.index} is missing or another device
+chip gone                     /dev/tenstorrent/{chip.index} is no longer chip {chip.pci}
+chip swapped                  /dev/tenstorrent/{chip.index} is no longer chip {chip.pci}
 """
 
 
@@ -2123,7 +2060,7 @@ def test_device_nodes_are_looked_at(kubelet: Kubelet, tree: Tree, launch: Launch
     (always 5). A link of udev's is preferred if it leads to the chip."""
     rows = SINCE_THE_POLL.strip().splitlines()
     made = chips("n150", *(f"{n + 1:02x} {n:04} 0" for n in range(2 * len(rows))), by_id=True)
-    made = tuple(replace(chip, node=NODES[chip.n % 2]) for chip in made)
+    made = tuple(replace(chip, target=NODES[chip.index % 2]) for chip in made)
     for chip in made:
         tree.add(chip)
     kubelet.start()
@@ -2132,14 +2069,14 @@ def test_device_nodes_are_looked_at(kubelet: Kubelet, tree: Tree, launch: Launch
     for row, chip, other in zip(rows, made[::2], made[1::2], strict=True):
         what, target, words = row.format(chip=chip, other=other).split(None, 2)
         if what == "chip":
-            tree.remove(chip.bdf)
-            for one in swapped(chip, tree.remove(other.bdf)) if target == "swapped" else ():
+            tree.remove(chip.pci)
+            for one in swapped(chip, tree.remove(other.pci)) if target == "swapped" else ():
                 tree.add(one)
         else:
             relink(tree.dev / "tenstorrent" / what, target)
         if " " not in words:
             (device,) = kubelet.allocate(R150, [chip.id])["devices"]
-            assert device["container_path"] == f"/dev/tenstorrent/{chip.n}"
+            assert device["container_path"] == f"/dev/tenstorrent/{chip.index}"
             assert device["host_path"] == words
             kubelet.pre_start(R150, [chip.id])
             continue
@@ -2151,7 +2088,7 @@ def test_device_nodes_are_looked_at(kubelet: Kubelet, tree: Tree, launch: Launch
 def test_renumbered(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     """Cards swap their N while two Pods hold them, and containers restart with the old answer:
     by udev's link one gets its card again. A bare N is the other's card now: it does not start."""
-    first, second = replace(N150[0], by_id=True), replace(N150[1], node=NODES[1])
+    first, second = replace(N150[0], by_id=True), replace(N150[1], target=NODES[1])
     tree.add(first)
     tree.add(second)
     kubelet.start()
@@ -2159,15 +2096,15 @@ def test_renumbered(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     kubelet.wait_status(R150, 2, 2)
     for pod, chip in (("linked", first), ("bare", second)):
         kubelet.admit(pod, {R150: 1}, {R150: [chip.id]})
-        assert kubelet.start_container(pod)["devices"][0]["resolved"] == chip.node
+        assert kubelet.start_container(pod)["devices"][0]["resolved"] == chip.target
     mark = kubelet.log.mark()
-    tree.remove(first.bdf)
-    tree.remove(second.bdf)
+    tree.remove(first.pci)
+    tree.remove(second.pci)
     kubelet.wait_status(R150, 2, 0, after=mark)
     for chip in swapped(first, second):
         tree.add(chip)
     kubelet.wait_status(R150, 2, 2, after=mark)
-    assert kubelet.start_container("linked")["devices"][0]["resolved"] == second.node
+    assert kubelet.start_container("linked")["devices"][0]["resolved"] == second.target
     with refused("FAILED_PRECONDITION", "it was /dev/tenstorrent/1 when this Pod was admitted"):
         kubelet.start_container("bare")
     relink(tree.by_id / first.id, "../0")  # udev is late
@@ -2237,16 +2174,16 @@ def test_streams_share_nothing(kubelet: Kubelet, four: Tree, launch: Launch) -> 
     mark = kubelet.log.mark()
     with dial(kubelet) as channel:
         watch = stub(channel, "DevicePlugin", "ListAndWatch")
-        streams = [watch(MESSAGES["Empty"](), timeout=60) for _ in range(6)]
+        streams = [watch(api_pb2.Empty(), timeout=60) for _ in range(6)]
         assert {len(next(stream).devices) for stream in streams} == {4}
         for stream in streams[::2]:
             stream.cancel()
-        kubelet.pause()
-        four.remove(N150[0].bdf)
+        os.kill(kubelet.process.pid, signal.SIGSTOP)
+        four.remove(N150[0].pci)
         for stream in streams[1::2]:
             health = {device.ID: device.health for device in next(stream).devices}
             assert health == {**dict.fromkeys(ID, "Healthy"), ID[0]: "Unhealthy"}
-        kubelet.resume()
+        os.kill(kubelet.process.pid, signal.SIGCONT)
         kubelet.wait_health(R150, ID[0], "Unhealthy", after=mark)
     kubelet.log.never(lambda event: event["event"] != "status", 0.3, kubelet.log.mark())
     assert kubelet.kinds(R150, mark) == ["devices", "status"]
@@ -2260,8 +2197,8 @@ def test_hostile_calls(kubelet: Kubelet, plugin: Plugin, bound: Bound) -> None:
 
     noise, many = random.Random(4711), [f"wormhole-{n:016X}" for n in range(100_000)]
     most = b"\x0a\xc0\xdf\x0f" + b"\x0a\x00" * 128_992  # as many IDs as a request can hold
-    lists = [[{"devices_ids": ids}] for ids in (ID, many, many[:9000])]
-    requests = [MESSAGES["AllocateRequest"](container_requests=one) for one in lists]
+    lists = [api_pb2.ContainerAllocateRequest(devices_ids=ids) for ids in (ID, many, many[:9000])]
+    requests = [api_pb2.AllocateRequest(container_requests=[one]) for one in lists]
     honest, *hostile = (request.SerializeToString() for request in requests)
     hostile += [most, b"\n\2\n\0" * 1000]
     hostile += [noise.randbytes(noise.randrange(300)) for _ in range(40)]
@@ -2272,7 +2209,7 @@ def test_hostile_calls(kubelet: Kubelet, plugin: Plugin, bound: Bound) -> None:
             assert call.code().name not in ("DEADLINE_EXCEEDED", "UNAVAILABLE"), data[:20]
             assert call.code().name == "OK" or call.details(), data[:20]
         watch, times = stub(enemy, "DevicePlugin", "ListAndWatch"), []
-        streams = [watch(MESSAGES["Empty"]()) for _ in range(200)]
+        streams = [watch(api_pb2.Empty()) for _ in range(200)]
         assert {len(next(stream).devices) for stream in streams} == {4}
         calls = [send(enemy, b"") for _ in range(1000)]
         for _ in range(40):
@@ -2350,7 +2287,7 @@ def test_registers_again(
         assert kinds == f"{before} register stream devices status".split(), how
         assert sockets(kubelet) == [kubelet.seen("register")[-1]["endpoint"]], how
     kubelet.log.never(lambda event: True, 0.5, mark := kubelet.log.mark())
-    four.remove(N150[0].bdf)  # no dead stream takes this from the live one
+    four.remove(N150[0].pci)  # no dead stream takes this from the live one
     kubelet.wait_health(R150, ID[0], "Unhealthy", after=mark)
 
 
@@ -2492,7 +2429,7 @@ def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     """A node without cards waits quietly (story 10). A card that comes is offered (story 9); each
     model is a resource and a socket of its own, which ends with its last card's change into another
     model. The streams of other models are left alone."""
-    other = replace(N300[0], n=5)
+    other = replace(N300[0], index=5)
     kubelet.start()
     plugin = launch(tree, kubelet, FAST)
     plugin.wait_for_line("waiting for some")
@@ -2502,7 +2439,7 @@ def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
         tree.add(chip)
         kubelet.wait_status(resource, 1, 1)
     mark = kubelet.log.mark()
-    tree.remove(other.bdf)
+    tree.remove(other.pci)
     kubelet.wait_status(R300, 1, 0, after=mark)
     tree.add(replace(other, card_type="n150"))
     kubelet.wait_status(R150, 2, 2, after=mark)
@@ -2523,9 +2460,9 @@ def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bo
         launch(tree, other)
         other.wait_status(R150, 4, 4)
         began = time.monotonic()
-        tree.remove(N150[0].bdf)
-        relink(tree.node(N150[1].bdf), "/dev/zero")
-        tree.still.add(N150[2].bdf)
+        tree.remove(N150[0].pci)
+        relink(tree.node(N150[1].pci), "/dev/zero")
+        tree.still.add(N150[2].pci)
         reasons = {"gone from sysfs": 1.5, "device node": 1.5, "its heartbeat has stopped": 15}
         for name, (reason, limit) in zip(ID, reasons.items(), strict=False):
             seen = other.wait_health(R150, name, "Unhealthy", timeout=20) - began
@@ -2536,9 +2473,9 @@ def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bo
         plugin.send(signal.SIGCONT)
         assert seen > 10
         later, began = other.log.mark(), time.monotonic()
-        tree.add(replace(N150[0], n=9))
-        relink(tree.node(N150[1].bdf), N150[1].node)
-        tree.still.discard(N150[2].bdf)
+        tree.add(replace(N150[0], index=9))
+        relink(tree.node(N150[1].pci), N150[1].target)
+        tree.still.discard(N150[2].pci)
         bound("card back: Healthy", other.wait_status(R150, 4, 4, after=later) - began, 3)
         (device,) = other.allocate(R150, ID[:1])["devices"]
         assert device["container_path"] == "/dev/tenstorrent/9"
@@ -2552,10 +2489,10 @@ def test_hanging_reads(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Boun
     that hang are Unhealthy until they answer; no call for a Pod, and not the end, waits for them.
     """
     for chip in N150[:2]:
-        four.hang(chip.bdf, "tt_heartbeat")
+        four.hang(chip.pci, "tt_heartbeat")
     mark, gone = kubelet.log.mark(), time.monotonic()
-    four.remove(N150[2].bdf)
-    with open(four.path(N150[0].bdf, "tt_heartbeat"), "w"):  # returns when a poll has opened it
+    four.remove(N150[2].pci)
+    with open(four.path(N150[0].pci, "tt_heartbeat"), "w"):  # returns when a poll has opened it
         began = time.monotonic()
         kubelet.admit("pod", {R150: 1}, {R150: [ID[3]]})
         kubelet.start_container("pod")
@@ -2564,7 +2501,7 @@ def test_hanging_reads(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Boun
         bound("card gone while two others hang: all Unhealthy", seen - gone, 4)
         with refused("FAILED_PRECONDITION", "a read of its sysfs files does not return"):
             kubelet.allocate(R150, ID[:1])
-        four.release(N150[1].bdf, "tt_heartbeat", "77\n")
+        four.release(N150[1].pci, "tt_heartbeat", "77\n")
         kubelet.wait_status(R150, 4, 2, after=mark)
         code, seconds = plugin.end()
     bound("SIGTERM to the end", seconds, 1)
@@ -2610,7 +2547,7 @@ def test_stops(
     host.mkdir(parents=True)
     fd = os.open(host, os.O_RDONLY)
     if state == "first poll":
-        four.hang(N150[0].bdf, "tt_card_type")
+        four.hang(N150[0].pci, "tt_card_type")
     if state == "no kubelet":
         kubelet.folder.mkdir()
     if state == "folder deleted on the host":
@@ -2689,7 +2626,7 @@ def test_stops_at_any_moment(kubelet: Kubelet, launch: Launch, room: Path) -> No
 def test_log_that_nobody_reads(kubelet: Kubelet, plugin: Plugin, bound: Bound) -> None:
     """Lines are dropped, and nothing waits for them: not a call, not the end, which calls under way
     do not hold up, either. Once somebody reads, the log says how many lines were dropped."""
-    reading, nothing = plugin.log.changed, MESSAGES["AllocateRequest"]()
+    reading, nothing = plugin.log.changed, api_pb2.AllocateRequest()
     with dial(kubelet) as channel:
         allocate = stub(channel, "DevicePlugin", "Allocate")
 
@@ -2723,7 +2660,7 @@ def test_log_that_nobody_reads(kubelet: Kubelet, plugin: Plugin, bound: Bound) -
 
 # ==== Appendix B. Operations: the log; /healthz, /readyz and /metrics =============================
 
-OWN, FIRST_BDF = "tt_device_plugin_", N150[0].bdf
+OWN, FIRST_BDF = "tt_device_plugin_", N150[0].pci
 # A card without telemetry goes, another is in trouble, is lost in a reset and comes back with
 # another N, a Pod gets it, the kubelet is restarted.
 LOST_CARD = "card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/"
@@ -2777,18 +2714,18 @@ def told(page: str, of: str = "") -> list[str]:
 def test_incident(kubelet: Kubelet, tree: Tree, launch: Launch, style: str) -> None:
     """The log tells it as a story of which card, what, since when and what to do: these lines, and
     no others. The metrics count it."""
-    for chip in (replace(N150[2], card_type=None), *N150[:2]):
+    for chip in (replace(N150[2], card_type=""), *N150[:2]):
         tree.add(chip)
     kubelet.start()
     plugin = launch(tree, kubelet, f"--log-format={style}", HTTP)
     plugin.wait_for_line("registered")
-    tree.remove(N150[2].bdf)
+    tree.remove(N150[2].pci)
     plugin.wait_for_line("it was not offered")
-    relink(tree.node(chip.bdf), "/dev/zero")
+    relink(tree.node(chip.pci), "/dev/zero")
     plugin.wait_for_line("another device")
-    tree.remove(chip.bdf)
+    tree.remove(chip.pci)
     plugin.wait_for_line("is gone from sysfs")
-    tree.add(replace(chip, n=5))
+    tree.add(replace(chip, index=5))
     plugin.wait_for_line("healthy again")
     kubelet.allocate(R150, [chip.id])
     plugin.wait_for_line("allocated")
@@ -2860,7 +2797,7 @@ def metrics_of(root: Path) -> tt.Metrics:
 @pytest.fixture
 def every_metric(room: Path) -> str:
     """The page of that node, when it has been polled twice."""
-    blind: Any = dict.fromkeys(["card_type", "asic_id", "serial", "firmware"])
+    blind: Any = dict.fromkeys(["card_type", "asic_id", "serial", "firmware"], "")
     tree = Tree(room, [*N150[:2], replace(N150[2], heartbeat=False, hwmon=False, **blind)])
     monitors = tree.pci(FIRST_BDF) / "hwmon"
     shutil.copytree(monitors / "hwmon2", monitors / "hwmon10")
@@ -2869,7 +2806,7 @@ def every_metric(room: Path) -> str:
     tree.set(FIRST_BDF, "tt_therm_trip_count", "2\n")
     tree.write(room / "proc/driver/tenstorrent/0/pids", "17\n4711\n")
     metrics = metrics_of(room)
-    tree.remove(N150[1].bdf)
+    tree.remove(N150[1].pci)
     metrics.inventory.poll(101.0)
     metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=ODD)
     count = metrics.registrar.shared.count
@@ -2923,7 +2860,7 @@ def test_sensors_that_hang(room: Path) -> None:
     """One scrape waits. The next ones leave that chip out and do not wait; nor does the first one,
     if a poll's read of the chip hangs."""
     tree, file = Tree(room, N150[:2]), "device/hwmon/hwmon2/temp1_input"
-    metrics, other = metrics_of(room), f"{N150[1].bdf} 54.3"
+    metrics, other = metrics_of(room), f"{N150[1].pci} 54.3"
 
     def scrape() -> list[str]:
         return [line.split("chip=")[1] for line in told(metrics.page(101.0), "asic_temperature")]
@@ -3025,7 +2962,7 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     health, is written again where it is gone, and not without need. There are no CDI names but
     those of what the file has, and no file without cards, as that would be invalid."""
     caplog.set_level(logging.INFO, "tt-device-plugin")
-    tree = Tree(room, [N150[0], *(replace(one, n=one.n + 4) for one in P300)])
+    tree = Tree(room, [N150[0], *(replace(one, index=one.index + 4) for one in P300)])
     inventory, cdi, labels = metrics_of(room).inventory, room / "cdi", room / "labels"
     settings = replace(inventory.settings, hugepages="always", cdi_dir=cdi, labels_dir=labels)
     files, file, draft = tt.KeptFiles(settings), cdi / CDI, cdi / f".{CDI}.new"
@@ -3050,7 +2987,7 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     draft.mkdir()
     kept = list[str]()
     for n in (7, 0, 7):  # at 0 the file is right again before it could be written
-        tree.add(replace(tree.remove(FIRST_BDF), n=n))
+        tree.add(replace(tree.remove(FIRST_BDF), index=n))
         inventory.poll(101.0 + n)
         assert files.cdi_names(inventory.snapshot.cards) == []
         kept += [keep(), keep()]
@@ -3060,7 +2997,7 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree.remove(FIRST_BDF)
     inventory.poll(110.0)
     assert keep() == "" and cdi_devices(file.read_text())["all"] == p300
-    tree.remove(P300[0].bdf)
+    tree.remove(P300[0].pci)
     inventory.poll(111.0)
     assert keep() == "" and [*os.listdir(cdi), *os.listdir(labels)] == ["tt-device-plugin"]
     trouble = f"cannot keep {file}: Is a directory; trying again", f"{file} is kept again"
@@ -3091,7 +3028,7 @@ def test_files_of_several_instances(
     modes = [one.stat().st_mode & 0o777 for path in paths for one in (path, path.parent)]
     assert modes == [0o644, 0o755] * 2, "whoever reads them may be another user"
     kubelet.pre_start(R150, [N150[0].id])
-    tree.add(replace(tree.remove(FIRST_BDF), n=4))
+    tree.add(replace(tree.remove(FIRST_BDF), index=4))
     until(lambda: paths[0].exists() and "/4" in paths[0].read_text())
     with refused("FAILED_PRECONDITION", "/dev/tenstorrent/0", "delete the Pod"):
         kubelet.pre_start(R150, [N150[0].id])
@@ -3218,11 +3155,11 @@ def test_list(command: list[str], room: Path, bound: Bound) -> None:
         return done.stdout
 
     assert listed("--json") == "[]\n" and listed() == "No Tenstorrent cards (driver 2.10.0).\n"
-    odd = [replace(N150[1], card_type=None), replace(N150[2], card_type="unknown")]
-    for chip in (N150[0], N150[3], *odd, *(replace(chip, n=chip.n + 4) for chip in P300)):
+    odd = [replace(N150[1], card_type=""), replace(N150[2], card_type="unknown")]
+    for chip in (N150[0], N150[3], *odd, *(replace(chip, index=chip.index + 4) for chip in P300)):
         tree.add(chip)
-    tree.remove(N150[1].bdf, driver="vfio-pci")
-    tree.node(N150[2].bdf).unlink()
+    tree.remove(N150[1].pci, driver="vfio-pci")
+    tree.node(N150[2].pci).unlink()
     cards = json.loads(listed("--json"))
     keys = "id resource model arch device_nodes pci_addresses numa_node board_serial firmware "
     assert {" ".join(card) for card in cards} == {f"{keys}health reason"}
@@ -3238,9 +3175,9 @@ def test_list(command: list[str], room: Path, bound: Bound) -> None:
     assert [(row[0], row[1], row[-1]) for row in rows] == shown
     assert below == [f"{one['id']}: {one['reason']}" for one in cards if one["reason"]]
     assert "device node /dev/tenstorrent/2 is missing" in below[0] and "vfio-pci" in below[1]
-    tree.hang(N150[3].bdf, "tt_heartbeat")
+    tree.hang(N150[3].pci, "tt_heartbeat")
     began = time.monotonic()
-    (hanging,) = (one for one in json.loads(listed("--json")) if one["id"] == N150[3].bdf)
+    (hanging,) = (one for one in json.loads(listed("--json")) if one["id"] == N150[3].pci)
     bound("--list beside a read that hangs", time.monotonic() - began, 3.0)
     assert hanging["resource"] is None and "does not return" in hanging["reason"]
 
@@ -3259,7 +3196,7 @@ def test_dry_run(command: list[str], four: Tree, kubelet: Kubelet) -> None:
         assert word in done.stdout
     assert kubelet.log.mark() == mark and os.listdir(kubelet.root) == ["device-plugins"]
     for chip in N150:
-        four.node(chip.bdf).unlink()
+        four.node(chip.pci).unlink()
     for flags, step in ([], "3. ListAndWatch: "), (["--sysfs-root=/nowhere"], "1. Discover: "):
         done = run(command, *four.flags, *flags, "--dry-run")
         assert done.returncode == 1 and "\nFAILED after the step above: " in done.stdout

@@ -1048,11 +1048,10 @@ FileId = tuple[int, int, int]
 def file_id(path: Path) -> FileId | None:
     """Device, inode and time of change of a file: the next kubelet's socket has others. None if
     there is no such file. Raises OSError."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return (status.st_dev, status.st_ino, status.st_mtime_ns)
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+    return None
 
 
 async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -1124,9 +1123,8 @@ class Registrar:
         status = dict.fromkeys(self.inventory.snapshot.resources, "")
         for resource in status.keys() - self._registered:
             refused = self._refused[resource].problem if resource in self._refused else ""
-            status[resource] = (
-                self._waiting.problem or refused or "waiting for the kubelet's answer"
-            )
+            why = self._waiting.problem or refused
+            status[resource] = why or "waiting for the kubelet's answer"
         return status
 
     async def run(self) -> None:
@@ -1572,9 +1570,8 @@ def ready(registrar: Registrar) -> tuple[bool, str]:
         return False, "the first poll has not ended yet"
     if not status:
         return True, "no cards to register: waiting for some to appear"
-    lines = [
-        f"{r}: {f'not registered: {why}' if why else 'registered'}" for r, why in status.items()
-    ]
+    told = {each: f"not registered: {why}" if why else "registered" for each, why in status.items()}
+    lines = [f"{resource}: {text}" for resource, text in told.items()]
     return bool(standby_reason) or not any(status.values()), standby_reason or "\n".join(lines)
 
 
@@ -1762,55 +1759,61 @@ class KeptFiles:
 
 # ==== D. The command line: --fake, --list, --dry-run, and main() ==================================
 
-# Model -> tt_card_type, PCI device id, product code in the serial (tt-kmd telemetry.c), the bus
+# Model -> tt_card_type, architecture, product code in the serial (tt-kmd telemetry.c), the bus
 # numbers at which a Galaxy's trays 1 to 4 begin (tt-smi constants.py).
 FAKE_CARDS = {
-    "n150": ("n150", "0x401e", 0x18, ()),
-    "n300": ("n300", "0x401e", 0x14, ()),
-    "galaxy-wormhole": ("galaxy-wormhole", "0x401e", 0x35, (0xC0, 0x80, 0x00, 0x40)),
-    "p100": ("p100a", "0xb140", 0x43, ()),
-    "p150": ("p150a", "0xb140", 0x40, ()),
-    "p300": ("p300a", "0xb140", 0x45, ()),
-    "galaxy-blackhole": ("galaxy-blackhole", "0xb140", 0x47, (0x00, 0x40, 0xC0, 0x80)),
+    "n150": ("n150", "wormhole", 0x18, ()),
+    "n300": ("n300", "wormhole", 0x14, ()),
+    "galaxy-wormhole": ("galaxy-wormhole", "wormhole", 0x35, (0xC0, 0x80, 0x00, 0x40)),
+    "p100": ("p100a", "blackhole", 0x43, ()),
+    "p150": ("p150a", "blackhole", 0x40, ()),
+    "p300": ("p300a", "blackhole", 0x45, ()),
+    "galaxy-blackhole": ("galaxy-blackhole", "blackhole", 0x47, (0x00, 0x40, 0xC0, 0x80)),
 }
 
 
+def lay_out(top: Path, chip: Chip, node: str = os.devnull) -> None:
+    """Makes what tt-kmd 2.10 shows of `chip` in the folders sys and dev of `top`; its device node
+    is a link to `node`. As in a probe, the link in the class comes last."""
+    device = f"devices/pci{chip.pci[:7]}/{chip.pci}"
+    entry, rdev = f"{device}/tenstorrent/tenstorrent!{chip.index}", os.stat(node).st_rdev
+    tree = {  # path -> text, or target if it has a slash; without a text there is no file
+        "sys/module/tenstorrent/version": "2.10.0",
+        f"sys/{device}/vendor": VENDOR,
+        f"sys/{device}/device": next(i for i, arch in ARCHITECTURES.items() if arch == chip.arch),
+        f"sys/{device}/numa_node": "-1" if chip.numa_node is None else str(chip.numa_node),
+        f"sys/{device}/iommu_group/type": chip.iommu,
+        f"sys/{entry}/dev": f"{os.major(rdev)}:{os.minor(rdev)}",
+        f"sys/{entry}/tt_card_type": chip.card_type,
+        f"sys/{entry}/tt_asic_id": chip.asic_id,
+        f"sys/{entry}/tt_serial": chip.serial,
+        f"sys/{entry}/tt_fw_bundle_ver": chip.firmware,
+        f"sys/{entry}/device": "../..",
+        f"sys/bus/pci/devices/{chip.pci}": f"../../../{device}",
+        f"dev/tenstorrent/{chip.index}": node,
+        f"sys/class/tenstorrent/tenstorrent!{chip.index}": f"../../{entry}",
+    }
+    for path, text in tree.items():
+        if text:
+            (top / path).parent.mkdir(parents=True, exist_ok=True)
+            make = (top / path).symlink_to if "/" in text else (top / path).write_text
+            make(text)
+
+
 def make_fake_tree(top: Path, cards: Mapping[str, int]) -> None:
-    """Lays out in `top` the folders sys and dev as tt-kmd would for `cards`, with /dev/null as
-    every device node."""
-    null = os.stat(os.devnull).st_rdev
+    """Lays out in `top` so many cards of each model."""
     boards = [(model, board) for model, count in cards.items() for board in range(count)]
     chips = [(*each, chip) for each in boards for chip in range(2 if each[0] == "p300" else 1)]
-    tree = {"sys/module/tenstorrent/version": "2.10.0"}  # path -> text, or target if it has a slash
     for index, (model, board, chip) in enumerate(chips):
-        card_type, device_id, product, trays = FAKE_CARDS[model]
+        card_type, arch, product, trays = FAKE_CARDS[model]
         bus = index + 1
         if trays:  # four trays of eight, positions 1 to 8; a PCI domain for each Galaxy
-            pci_domain = board // 32 + (1 if device_id == "0x401e" else 17)
+            pci_domain = board // 32 + (1 if arch == "wormhole" else 17)
             bus = (pci_domain << 8) + trays[board // 8 % 4] + board % 8 + 1
-        pci = f"{bus >> 8:04x}:{bus & 0xFF:02x}:00.0"
-        device = f"devices/pci{pci[:7]}/{pci}"
-        entry = f"{device}/tenstorrent/tenstorrent!{index}"
-        tree |= {
-            f"sys/{entry}/device": "../..",
-            f"sys/class/tenstorrent/tenstorrent!{index}": f"../../{entry}",
-            f"sys/bus/pci/devices/{pci}": f"../../../{device}",
-            f"dev/tenstorrent/{index}": os.devnull,
-            f"sys/{device}/vendor": VENDOR,
-            f"sys/{device}/device": device_id,
-            f"sys/{device}/numa_node": "-1",
-            f"sys/{entry}/dev": f"{os.major(null)}:{os.minor(null)}",
-            f"sys/{entry}/tt_card_type": card_type,
-            f"sys/{entry}/tt_asic_id": f"{0xFA4E << 48 | product << 32 | board << 8 | chip:016X}",
-            f"sys/{entry}/tt_serial": f"{product << 36 | 0xFA4E0000 | board + 1:016X}",
-            f"sys/{entry}/tt_fw_bundle_ver": "19.5.0.0",
-        }
-    for path, text in tree.items():
-        (top / path).parent.mkdir(parents=True, exist_ok=True)
-        if "/" in text:
-            (top / path).symlink_to(text)
-        else:
-            (top / path).write_text(f"{text}\n")
+        made = Chip(f"{bus >> 8:04x}:{bus & 0xFF:02x}:00.0", index, arch=arch, card_type=card_type)
+        asic_id = f"{0xFA4E << 48 | product << 32 | board << 8 | chip:016X}"
+        serial = f"{product << 36 | 0xFA4E0000 | board + 1:016X}"
+        lay_out(top, replace(made, asic_id=asic_id, serial=serial, firmware="19.5.0.0"))
 
 
 def fake_spec(text: str) -> dict[str, int]:
@@ -1867,15 +1870,9 @@ TYPES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "": ("true or false", lambda t: SWITCH.get(t.lower())),
     "MODEL=N[,...]": (f"MODEL=N,... of {', '.join(FAKE_CARDS)}, up to 200 chips", fake_spec),
     "DIR": ("an absolute path", lambda t: Path(t) if t[:1] == "/" and "\0" not in t else None),
-    "S": (
-        "a number of seconds from 0.1 to 60",
-        lambda t: s if 0.1 <= (s := float(t)) <= 60 else None,
-    ),
+    "S": ("seconds, from 0.1 to 60", lambda t: s if 0.1 <= (s := float(t)) <= 60 else None),
     "D": ("a DNS name that resources may have, such as tenstorrent.com", domain),
-    "ADDR:PORT": (
-        "ADDRESS:PORT, such as 127.0.0.1:7762, [::1]:7762, or :7762 for all",
-        listen_address,
-    ),
+    "ADDR:PORT": ("IP-ADDRESS:PORT, such as [::1]:7762, or :7762 for all", listen_address),
 }
 
 
@@ -2134,8 +2131,8 @@ def main() -> NoReturn:
     try:
         with contextlib.ExitStack() as stack:
             code = run(options, stack)
-    except (CannotWork, OSError) as error:
-        log.error("%s", error)
+    except Exception as error:
+        log.error("%s", error, exc_info=not isinstance(error, (CannotWork, OSError)))
         code = 1
     drain()
     with contextlib.suppress(OSError):  # nobody reads it any more

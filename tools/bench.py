@@ -29,7 +29,7 @@ from stage import Stage
 
 import api_pb2 as api
 import tt_device_plugin as tt
-from test_plugin import Log, Puppet, Tree, galaxy_chips
+from test_plugin import Log, Puppet, Tree, chips
 
 N150 = "tenstorrent.com/n150"
 GALAXY = "tenstorrent.com/galaxy-wormhole"
@@ -132,7 +132,10 @@ def bench_memory(stage: Stage) -> Iterator[Figure]:
 def bench_calls(stage: Stage) -> Iterator[Figure]:
     """Allocate and GetPreferredAllocation, in turn with the same call of the empty server."""
     _, address = stage.empty()
-    galaxy = Tree(stage.new("tree"), galaxy_chips("wormhole"))
+    # A Galaxy's 32 chips by bus (tt-smi-s_galaxy-wh_32).
+    buses = [tray + position for tray in range(0, 256, 64) for position in range(1, 9)]
+    places = [f"{bus:02x} 6A{bus:02X} 0100035100000000" for bus in buses]
+    galaxy = Tree(stage.new("tree"), chips("galaxy-wormhole", *places))
     for tree, resource, many in ((stage.tree(4), N150, 1), (galaxy, GALAXY, 8)):
         stage.beat(tree)
         kubelet, count = stage.kubelet(), len(tree.chips)
