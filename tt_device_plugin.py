@@ -300,6 +300,7 @@ class Discovery:
     def __init__(self, settings: Settings) -> None:
         self.sysfs = str(settings.sysfs_root)
         self.dev_folder = f"{settings.dev_root}/tenstorrent"
+        self._vendors: dict[str, str] = {}  # PCI address -> vendor id
 
     def folder(self, index: int) -> str:
         """The folder of class device `index`, with its tt_* files."""
@@ -332,15 +333,19 @@ class Discovery:
                 return Chip(pci, index, os.stat(folder).st_ino, tuple(above))
         return None
 
-    def pci_functions(self) -> list[Chip]:
-        """Tenstorrent's PCI functions, also those with another driver or a failed probe."""
-        chips = []
-        for device in sorted(Path(self.sysfs, "bus/pci/devices").glob("*")):
-            if PCI_ADDRESS.fullmatch(device.name) and attribute(f"{device}/vendor") == VENDOR:
-                link = device / "driver"
+    def pci_functions(self, known: set[str]) -> list[Chip]:
+        """Tenstorrent's PCI functions but those at `known` addresses. Raises OSError."""
+        folder, addresses, chips = f"{self.sysfs}/bus/pci/devices", list[str](), list[Chip]()
+        with contextlib.suppress(FileNotFoundError):
+            addresses = os.listdir(folder)
+        before, self._vendors = self._vendors, {}
+        for pci in addresses:  # a host has hundreds: each is asked for its vendor once
+            vendor = self._vendors[pci] = before.get(pci) or attribute(f"{folder}/{pci}/vendor")
+            if vendor == VENDOR and pci not in known:
+                arch = ARCHITECTURES.get(attribute(f"{folder}/{pci}/device"), "")
+                link = Path(folder, pci, "driver")
                 driver = link.resolve().name if link.exists() else "none"
-                arch = ARCHITECTURES.get(attribute(f"{device}/device"), "")
-                chips.append(Chip(device.name, arch=arch, driver=driver))
+                chips.append(Chip(pci, arch=arch, driver=driver))
         return chips
 
     def read(self, chip: Chip) -> tuple[Chip, Reading]:
@@ -351,7 +356,8 @@ class Discovery:
             file = f"{self.folder(chip.index)}/tt_fw_bundle_ver"
             chip = replace(chip, firmware=attribute(file, r"[0-9.]{1,40}"))
         reading = self.read_health(chip)
-        if reading.fault == "resetting":  # a reset may bring other firmware: read that again
+        # A reset may bring other firmware, and a dead bus shows none: read that again.
+        if reading.fault in ("resetting", "bus-dead"):
             chip = replace(chip, firmware="")
         return chip, reading
 
@@ -468,6 +474,9 @@ class HealthHistory:
         """Takes in one reading, and says what it means."""
         self._observe(reading, now)
         kind = reading.fault
+        # Of a chip that goes, the driver takes the files first (tt-kmd enumerate.c, 2.7.0).
+        if not kind and reading.heartbeat is None and self.heartbeat is not None:
+            kind = "gone"
         fine = kind in ("", *HARMLESS)
         if fine and chip.unknown:
             kind = chip.unknown
@@ -482,8 +491,7 @@ class HealthHistory:
             # Without the old heartbeat: the first one after a reset differs, and proves nothing.
             self.failure, self.recovery_beats, self.heartbeat = reading.fault, 1, None
         elif reading.heartbeat is None:
-            if not reading.fault:  # no such file: a driver before 2.7, or firmware without it
-                self.recovery_beats = 0
+            return  # a driver before 2.7 or firmware that has none, or it was not read
         elif reading.heartbeat != self.heartbeat:
             if self.heartbeat is not None:
                 self.recovery_beats = max(0, self.recovery_beats - 1)
@@ -622,12 +630,11 @@ class Inventory:
     def __init__(self, settings: Settings, discovery: Discovery | None = None) -> None:
         self.settings, self.discovery = settings, discovery or Discovery(settings)
         self.snapshot = Snapshot()
-        self.changed = asyncio.Condition()  # notified after each change of the cards
+        self.changed = asyncio.Event()  # set at the next change of the cards, then replaced
         self.on_snapshot: list[Callable[[Snapshot, Snapshot], object]] = []  # after each poll
         self.readers: dict[ClassDevice, ChipReader] = {}
         self.failure = LogOnChange()  # why the last poll failed
         self.polled_at = time.monotonic()  # when the last poll that did not fail ended
-        self._bare: list[Chip] = []  # PCI functions without a class device
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped = threading.Event()
         self._lock = threading.Lock()  # held while a snapshot is published, never during a read
@@ -642,10 +649,10 @@ class Inventory:
         with self._lock:
             self._stopped.set()
 
-    async def notify(self) -> None:
-        """Wakes all who wait for a change."""
-        async with self.changed:
-            self.changed.notify_all()
+    def notify(self) -> None:
+        """Wakes all who wait for a change. In the event loop's thread."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
 
     def poll(self, now: float) -> None:
         """One pass: find the chips, read, judge, publish. Takes 2 s and a little more at most.
@@ -658,25 +665,21 @@ class Inventory:
             while waits and not reader.idle.wait(0.05):
                 waits -= 1
         judged = [reader.judge(now) for reader in self.readers.values()]
-        for chip in self._bare:  # the driver is bound a moment before it has made the class device
+        for chip in self.discovery.pci_functions({chip.pci for chip, _ in judged}):
+            # The driver is bound a moment before it has made the class device.
             kind = "pending" if chip.driver == "tenstorrent" else "no-driver"
             judged.append((chip, make_verdict(kind, chip=chip)))
         old = replace(self.snapshot, driver=self.discovery.driver_version())
         self._publish(next_snapshot(old, judged, self.settings, now))
 
     def _find_chips(self) -> None:
-        """Updates the readers, one for each class device, and the PCI functions without one."""
+        """Updates the readers, one for each class device."""
         before = set(self.readers)
         found = {chip.class_device: chip for chip in self.discovery.chips()}
         for each in before - found.keys():
             self.readers.pop(each).end()
         for each in found.keys() - before:
             self.readers[each] = ChipReader(self.discovery, found[each])
-        # Where a function has no class device, its driver may change, or the function go.
-        if not self.snapshot.polled or self._bare or before != self.readers.keys():
-            there = {pci for _, _, pci in self.readers}
-            functions = self.discovery.pci_functions()
-            self._bare = [chip for chip in functions if chip.pci not in there]
 
     def _publish(self, new: Snapshot) -> None:
         with self._lock:
@@ -685,7 +688,7 @@ class Inventory:
             old, self.snapshot = self.snapshot, new
             # Before the callbacks, which may fail: the kubelet must hear of every change.
             if self._loop and new != old:
-                asyncio.run_coroutine_threadsafe(self.notify(), self._loop)
+                self._loop.call_soon_threadsafe(self.notify)
             self.polled_at = time.monotonic()
             for callback in self.on_snapshot:
                 try:
@@ -876,17 +879,15 @@ class DevicePlugin(rpc.DevicePluginServicer):
     async def ListAndWatch(self, request: Any, context: Any) -> None:  # type: ignore[override]
         """The list at once, and again when it differs from what *this* stream has sent last."""
         first, sent = not self.opened.is_set(), None
-
-        def outdated() -> bool:
-            return self.closing or sent != device_list(self.inventory.snapshot, self.resource)
-
         self.opened.set()
         try:
             while not self.closing:
-                sent = device_list(self.inventory.snapshot, self.resource)
-                await context.write(sent)
-                async with self.inventory.changed:
-                    await self.inventory.changed.wait_for(outdated)
+                changed = self.inventory.changed  # taken first: what comes after the look counts
+                devices = device_list(self.inventory.snapshot, self.resource)
+                if devices != sent:
+                    await context.write(sent := devices)
+                else:
+                    await changed.wait()
         finally:  # also when it is cancelled: the kubelet has ended, or has dropped this stream
             if first:
                 self.ended.set()
@@ -1100,7 +1101,7 @@ async def serving(plugin: DevicePlugin, folder: Path) -> AsyncIterator[str]:
                 yield path.name
             finally:  # its streams end; calls under way are finished
                 plugin.closing = True
-                await plugin.inventory.notify()
+                plugin.inventory.notify()
     finally:  # gRPC may have removed it, or a kubelet at its start
         with contextlib.suppress(OSError):
             path.unlink()
@@ -1129,27 +1130,22 @@ class Registrar:
 
     async def run(self) -> None:
         """Runs the loop of each resource there is, until it is cancelled. Raises CannotWork."""
-        tasks: dict[str, asyncio.Task[None]] = {}
+        tasks: dict[str, asyncio.Task[Any]] = {}
         try:
             while True:
-                resources = self.inventory.snapshot.resources
+                changed, resources = self.inventory.changed, self.inventory.snapshot.resources
                 for resource in [each for each in resources if each not in tasks]:
                     tasks[resource] = asyncio.create_task(self.run_resource(resource))
                 for resource in tasks.keys() - set(resources):
                     await cancel_and_wait([tasks.pop(resource)])
                 # Under "", which is no resource: the line above ends it in the next round.
-                tasks[""] = asyncio.create_task(self._wait_for_others_than(resources))
+                tasks[""] = asyncio.create_task(changed.wait())
                 await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
                 for task in tasks.values():
                     if task.done():
                         task.result()  # raises what has ended it
         finally:
             await cancel_and_wait(tasks.values())
-
-    async def _wait_for_others_than(self, resources: Sequence[str]) -> None:
-        changed = self.inventory.changed
-        async with changed:
-            await changed.wait_for(lambda: self.inventory.snapshot.resources != resources)
 
     async def run_resource(self, resource: str) -> None:
         """The loop. Whatever ends one registration, the next follows. Raises CannotWork."""
@@ -1438,7 +1434,7 @@ def log_changes(settings: Settings, old: Snapshot, new: Snapshot) -> None:
 # tt-kmd's own; the largest plausible value, above which it is stale telemetry, a dead bus, or a
 # negative number read as unsigned; what to divide by; help. Names, where Prometheus' conventions
 # allow them: docs.tenstorrent.com/tt-telemetry. Units and junk that was seen: tt-kmd telemetry.c
-# 2.10.0, tt-kmd#213, #121, tt-metal#30055. proc/pids has a process ID a line (chardev.c, 2.5.0).
+# 2.10.0, tt-kmd#213, #121, tt-metal#30055. proc/pids: a line an open file (chardev.c, 2.5.0).
 SENSORS = {
     "tt_asic_temperature_celsius": ("hwmon/temp1_input", 150_000, 1000, "Temperature."),
     "tt_thermal_throttle_limit_celsius": ("hwmon/temp1_max", 150_000, 1000, "Throttle limit."),
@@ -1448,7 +1444,7 @@ SENSORS = {
     "tt_vcore_v": ("hwmon/in0_input", 5_000, 1000, "Core voltage."),
     "tt_fan_speed_rpm": ("hwmon/fan1_input", 50_000, 1, "Speed of the board's fan."),
     "tt_thermal_trips_total": ("tt_therm_trip_count", 2**32 - 2, 1, "Thermal shutdowns."),
-    "tt_device_plugin_device_node_users": ("proc/pids", 4096, 1, "Processes that hold it."),
+    "tt_device_plugin_device_node_users": ("proc/pids", 4096, 1, "How often it is open."),
 }
 METRICS = {
     "tt_device_plugin_info": "Versions; always 1.",
@@ -1575,9 +1571,20 @@ def ready(registrar: Registrar) -> tuple[bool, str]:
     return bool(standby_reason) or not any(status.values()), standby_reason or "\n".join(lines)
 
 
-def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[bool, str]]]) -> str:
-    """Answers GET of `pages`, path -> (200 or 503, text), in threads. Returns the address. Raises
-    OSError."""
+def answer(pages: Mapping[str, Callable[[], tuple[bool, str]]], path: str) -> tuple[int, str]:
+    """HTTP status and text of one of `pages`, path -> (whether it is 200, else 503; text)."""
+    if not (page := pages.get(path.partition("?")[0])):
+        return 404, f"no such page; there are {', '.join(pages)}"
+    try:
+        fine, text = page()
+        return 200 if fine else 503, text
+    except Exception as error:  # a defect of a page must be seen, in it and in the log
+        log.exception("%s failed", path)
+        return 500, repr(error)
+
+
+def open_port(address: tuple[str, int], respond: Callable[[str], tuple[int, str]]) -> str:
+    """Answers GET in threads. Returns the address. Raises OSError."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # 15 ms, only if wanted
 
     class Handler(BaseHTTPRequestHandler):
@@ -1585,15 +1592,7 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[b
         server_version, sys_version = f"tt-device-plugin/{__version__}", ""
 
         def do_GET(self) -> None:
-            page = pages.get(self.path.partition("?")[0])
-            code, text = 404, f"no such page; there are {', '.join(pages)}"
-            try:
-                if page:
-                    fine, text = page()
-                    code = 200 if fine else 503
-            except Exception as error:  # a defect of a page must be seen, in it and in the log
-                log.exception("%s failed", self.path)
-                code, text = 500, repr(error)
+            code, text = respond(self.path)
             self.send_response(code)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.end_headers()
@@ -1603,6 +1602,9 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[b
             log.debug("HTTP %s: %r", self.client_address, args)
 
     class Server(ThreadingHTTPServer):
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            return threading.active_count() < 300  # polls need file descriptors, too
+
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug("HTTP %s: %r", client_address, sys.exc_info()[1])
 
@@ -1624,9 +1626,10 @@ async def serve_pages(registrar: Registrar) -> None:
         "/readyz": lambda: ready(registrar),
         "/metrics": lambda: (True, metrics.page(time.monotonic())),
     }
+    respond = functools.partial(answer, pages)
     while wanted:
         try:
-            log.info("HTTP on %s: %s", open_port(wanted, pages), ", ".join(pages))
+            log.info("HTTP on %s: %s", open_port(wanted, respond), ", ".join(pages))
             break
         except OSError as error:  # an instance that ends may still have it
             where = f"port {wanted[1]} of {wanted[0] or 'all addresses'}"
@@ -1640,6 +1643,7 @@ async def serve_pages(registrar: Registrar) -> None:
 CDI_KIND, CDI_FILE = "tenstorrent.com/card", "tenstorrent.com-card.json"
 CDI_VERSION = "0.5.0"  # lowest with hostPath and names that begin with a digit; podman 4.3's last
 LABELS_FILE = "tt-device-plugin"
+DRAFT = ".{}.new"  # not .json: CDI runtimes also read files whose names begin with a dot
 
 
 def cdi_spec(settings: Settings, snapshot: Snapshot) -> str:
@@ -1697,7 +1701,6 @@ class KeptFiles:
         wanted = (cdi, CDI_FILE, cdi_spec), (labels, LABELS_FILE, node_labels)
         self._files = {folder / name: make for folder, name, make in wanted if folder}
         self._trouble = {path: LogOnChange() for path in self._files}
-        self._written: dict[Path, tuple[str, FileId | None]] = {}
         self._named: dict[str, list[str]] = {}  # card ID in the CDI file -> device nodes
 
     def keep(self, snapshot: Snapshot) -> None:
@@ -1717,38 +1720,34 @@ class KeptFiles:
         if writer.is_alive():
             writer.join()
         for path in self._files:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            for each in (path, path.with_name(DRAFT.format(path.name))):
+                with contextlib.suppress(OSError):
+                    each.unlink()
 
     def _keep(self, snapshot: Snapshot) -> None:
+        healthy = [card for card in snapshot.cards if card.verdict.health == HEALTHY]
         for path, make in self._files.items():
-            text = make(self.settings, snapshot)
+            text, cdi = make(self.settings, snapshot), path.name == CDI_FILE
             try:
-                if self._written.pop(path, None) != (text, file_id(path)):
-                    self._write(path, text, snapshot)
-                self._written[path] = text, file_id(path)
+                if text != (path.read_text(errors="replace") if path.exists() else ""):
+                    self._named = {} if cdi else self._named
+                    self._write(path, text)
+                if cdi:
+                    self._named = {card.id: card.device_nodes for card in healthy}
                 self._trouble[path].set("", f"{path} is kept again")
             except OSError as error:
                 self._trouble[path].set(f"cannot keep {path}: {error.strerror}; trying again")
 
-    def _write(self, path: Path, text: str, snapshot: Snapshot) -> None:
-        cdi = path.name == CDI_FILE
-        if cdi:
-            self._named = {}
-        if text:
-            if not path.parent.is_dir():
-                path.parent.mkdir()
-                path.parent.chmod(0o755)
-            # Not .json: CDI runtimes also read files whose names begin with a dot.
-            new = path.with_name(f".{path.name}.new")
-            new.write_text(text)
-            new.chmod(0o644)
-            new.replace(path)
-        else:
-            path.unlink(missing_ok=True)
-        if cdi:
-            healthy = [card for card in snapshot.cards if card.verdict.health == HEALTHY]
-            self._named = {card.id: card.device_nodes for card in healthy}
+    def _write(self, path: Path, text: str) -> None:
+        if not text:
+            return path.unlink()
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            path.parent.chmod(0o755)
+        new = path.with_name(DRAFT.format(path.name))
+        new.write_text(text)
+        new.chmod(0o644)
+        new.replace(path)
 
     def cdi_names(self, cards: Sequence[Card]) -> list[str]:
         """The CDI names of `cards`; [] unless the file has all of them, as they are now: a name
@@ -1839,7 +1838,7 @@ def listen_address(text: str) -> tuple[str, int]:
 def domain(text: str) -> str:
     """What may come before the slash of a resource. Raises ValueError."""
     label = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-    reserved = re.search(r"(^|\.)kubernetes\.io$|^requests\.", text)
+    reserved = re.search(r"kubernetes\.io$|^requests\.", text)
     if len(text) > 253 or not re.fullmatch(rf"{label}(\.{label})*", text) or reserved:
         raise ValueError
     return text
