@@ -2122,13 +2122,13 @@ def test_renumbered(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
         kubelet.start_container("linked")
 
 
-def next_kubelet(kubelet: Kubelet, new_folder: bool = False) -> float:
+def next_kubelet(kubelet: Kubelet, new_folder: bool = False, **settings: Any) -> float:
     """The kubelet is killed, and another one starts. How soon that has the cards."""
     mark = kubelet.log.mark()
     kubelet.kill()
     if new_folder:
         kubelet.delete_folder()
-    kubelet.start()
+    kubelet.start(**settings)
     return kubelet.wait_status(R150, 4, 4, after=mark) - kubelet.answering
 
 
@@ -2342,7 +2342,8 @@ def test_goes_round(
     kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, fault: str, pauses: list[float]
 ) -> None:
     """A Register that fails or hangs, that no stream follows, or whose stream ends at once: tried
-    again until it holds, ever more slowly, and said once. Another kubelet is met at once."""
+    again until it holds, ever more slowly, and said once. Another kubelet is met at once, and
+    tried again soon."""
     kubelet.start()
     kubelet.faults("UNIMPLEMENTED", **{fault: len(pauses)})
     plugin = launch(four, kubelet)
@@ -2357,7 +2358,37 @@ def test_goes_round(
     kubelet.faults(register_fails=99)
     kubelet.drop_stream(R150)
     plugin.wait_for_line(f"{R150}: the kubelet has not registered it: UNIMPLEMENTED: the fake kub")
-    bound("a better kubelet answers: registered", next_kubelet(kubelet), AGAIN_S)
+    many = len(times) + 2
+    kubelet.log.wait_for(lambda _: len(kubelet.seen("register")) > many, 5, 0, "more tries")
+    seconds = next_kubelet(kubelet, faults={"register_fails": 1})
+    bound("a better kubelet answers: registered", seconds, AGAIN_S)
+
+
+def test_the_lock_goes_last(kubelet: Kubelet, four: Tree) -> None:
+    """serve() ends when all that it began has ended: the next instance finds no socket, and no
+    registration of this one follows. A stream that ends at the same time is no exception."""
+    settings = tt.Settings(kubelet.root, four.sys, four.dev)
+    kubelet.start()
+
+    async def main() -> None:
+        for number in range(10):
+            mark = kubelet.log.mark()
+            plugin = asyncio.create_task(tt.serve(settings))
+            await asyncio.to_thread(kubelet.wait_status, R150, 4, 4, after=mark)
+            if number % 2:
+                await asyncio.to_thread(kubelet.drop_stream, R150)
+            await asyncio.sleep(number / 1000)
+            plugin.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await plugin
+            assert not sockets(kubelet)
+            assert not [task for task in asyncio.all_tasks() if "Registrar" in repr(task)]
+
+    umask = os.umask(0)
+    try:
+        asyncio.run(main())
+    finally:
+        os.umask(umask)
 
 
 def lock_holder(kubelet: Kubelet) -> int:

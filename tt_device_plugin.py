@@ -1153,7 +1153,8 @@ class Registrar:
         kubelet, tries, cause, problem = None, 0, "start", ""
         while True:
             backoff = min(FAILED_S if problem else DROPPED_S, 0.002 * 2**tries) if tries else 0.0
-            kubelet = await self.wait_for_kubelet(kubelet, backoff)
+            last, kubelet = kubelet, await self.wait_for_kubelet(kubelet, backoff)
+            tries = tries if kubelet == last else 0
             began = time.monotonic()
             try:
                 cause, problem = await self.register_once(resource, kubelet, cause)
@@ -1206,7 +1207,7 @@ class Registrar:
                 if time.monotonic() > until:
                     late = f"opened no stream within {STREAM_S:.0f} s"
                     return "no-stream", f"the kubelet has accepted it, but {late}"
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.02)
             cards = self.inventory.snapshot.of(resource).values()
             healthy = sum(card.verdict.health == HEALTHY for card in cards)
             self.shared.count("registrations_total", resource=resource, cause=cause)
@@ -1250,10 +1251,13 @@ async def serve(settings: Settings) -> None:
     tasks = [asyncio.create_task(each) for each in (registrar.run(), serve_pages(registrar))]
     try:
         # Neither ends by itself: what ends one is a defect or CannotWork, and is raised here.
-        await asyncio.gather(*tasks)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done.pop().result()
     finally:
         inventory.stop()
-        await cancel_and_wait(tasks)
+        for task in tasks:  # once: a second time would interrupt run(), which waits for its own
+            task.cancel()
+        await asyncio.wait(tasks)
         if not registrar.lock.standby_reason:  # else they are the other instance's
             files.remove()
         registrar.lock.release()
