@@ -52,17 +52,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-import api_pb2
-import api_pb2_grpc
+import api_pb2 as api
+import api_pb2_grpc as rpc
 import tt_device_plugin as tt
 
 HERE = Path(__file__).resolve().parent
 
 # ==== The wire ====================================================================================
 
-# Kubernetes 1.36, package v1beta1: the fields of each message, numbered from 1 in this order.
-# "*" is repeated, "map" goes from string to string. The stubs, which the fake kubelet uses as the
-# plugin does, are held against it by test_wire.
+# Kubernetes 1.36, package v1beta1: the fields of each message, numbered from 1 in this order, and
+# the methods. "*" is repeated, or a stream, "map" goes from string to string. The fake kubelet uses
+# the same stubs as the plugin: test_wire holds them against this.
 WIRE = """
 Empty:
 DevicePluginOptions: bool pre_start_required, bool get_preferred_allocation_available
@@ -86,19 +86,14 @@ DeviceSpec: string container_path, string host_path, string permissions
 CDIDevice: string name
 PreStartContainerRequest: *string devices_ids
 PreStartContainerResponse:
+Registration/Register: RegisterRequest, Empty
+DevicePlugin/GetDevicePluginOptions: Empty, DevicePluginOptions
+DevicePlugin/ListAndWatch: Empty, *ListAndWatchResponse
+DevicePlugin/GetPreferredAllocation: PreferredAllocationRequest, PreferredAllocationResponse
+DevicePlugin/Allocate: AllocateRequest, AllocateResponse
+DevicePlugin/PreStartContainer: PreStartContainerRequest, PreStartContainerResponse
 """
-
-# Service, method: request and response, "*" if that is a stream.
-SERVICES = {
-    "Registration": {"Register": "RegisterRequest Empty"},
-    "DevicePlugin": {
-        "GetDevicePluginOptions": "Empty DevicePluginOptions",
-        "ListAndWatch": "Empty *ListAndWatchResponse",
-        "GetPreferredAllocation": "PreferredAllocationRequest PreferredAllocationResponse",
-        "Allocate": "AllocateRequest AllocateResponse",
-        "PreStartContainer": "PreStartContainerRequest PreStartContainerResponse",
-    },
-}
+METHODS = api.DESCRIPTOR.services_by_name["DevicePlugin"].methods_by_name
 
 
 def as_dict(message: Any) -> dict[str, Any]:
@@ -106,17 +101,6 @@ def as_dict(message: Any) -> dict[str, Any]:
     return json_format.MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-
-
-def stub(channel: Any, service: str, method: str) -> Any:
-    """The client's side of a method, on a channel of grpc or of grpc.aio."""
-    return getattr(getattr(api_pb2_grpc, f"{service}Stub")(channel), method)
-
-
-def serve(server: Any, service: str, behaviour: Callable[[str], Any]) -> None:
-    """Add a service to a server of grpc or of grpc.aio; `behaviour` has the handler of a method."""
-    servicer = SimpleNamespace(**{method: behaviour(method) for method in SERVICES[service]})
-    getattr(api_pb2_grpc, f"add_{service}Servicer_to_server")(servicer, server)
 
 
 # ==== The fake kubelet ============================================================================
@@ -229,7 +213,8 @@ class FakeKubelet:
         # plugins see passes bytes on to it.
         inner = f"fake-kubelet-{os.getpid()}"
         self.server = grpc.aio.server()  # kept: a server that nobody refers to stops
-        serve(self.server, "Registration", lambda _: self.register)
+        registration: Any = SimpleNamespace(Register=self.register)
+        rpc.add_RegistrationServicer_to_server(registration, self.server)
         self.server.add_insecure_port(f"unix-abstract:{inner}")
         await self.server.start()
         sock = socket.socket(socket.AF_UNIX)
@@ -270,7 +255,7 @@ class FakeKubelet:
             self.spawn(self.dial(client))
         elif problem := await self.dial(client):
             await context.abort(unknown, f"failed to dial {endpoint}: {problem}")
-        return api_pb2.Empty()
+        return api.Empty()
 
     async def dial(self, client: Client) -> str:
         """What went wrong, if anything, which 1.20 logs and tells nobody. It dials later, and takes
@@ -283,8 +268,8 @@ class FakeKubelet:
                 self.clients[client.resource] = client
             await asyncio.wait_for(client.channel.channel_ready(), self.dial_limit)
             if not self.old:
-                ask = stub(client.channel, "DevicePlugin", "GetDevicePluginOptions")
-                client.options = await ask(api_pb2.Empty())
+                ask = rpc.DevicePluginStub(client.channel).GetDevicePluginOptions
+                client.options = await ask(api.Empty())
                 self.emit("options", client, **as_dict(client.options))
         except (asyncio.TimeoutError, grpc.aio.AioRpcError) as error:
             if not self.old:  # the client before is forgotten, too
@@ -303,7 +288,7 @@ class FakeKubelet:
 
     async def watch(self, client: Client) -> None:
         """Read the stream until it ends, whoever ends it."""
-        stream = stub(client.channel, "DevicePlugin", "ListAndWatch")(api_pb2.Empty())
+        stream = rpc.DevicePluginStub(client.channel).ListAndWatch(api.Empty())
         self.emit("stream", client)
         resource, how = client.resource, "OK"
         try:
@@ -369,9 +354,9 @@ class FakeKubelet:
         if client is None or client.stopped:
             text = "has been stopped" if client else "is not registered"
             raise Refusal("KUBELET", f"the endpoint of {resource} {text}")
-        message = getattr(api_pb2, SERVICES["DevicePlugin"][method].split()[0])(**request)
+        message = getattr(api, METHODS[method].input_type.name)(**request)
         try:
-            call = stub(client.channel, "DevicePlugin", method)
+            call = getattr(rpc.DevicePluginStub(client.channel), method)
             return as_dict(await call(message, timeout=timeout))
         except grpc.aio.AioRpcError as error:
             raise Refusal(error.code().name, error.details() or "") from error
@@ -560,21 +545,9 @@ class Kubelet:
     def __init__(self, root: Path, generation: str = "1.36") -> None:
         self.root, self.generation, self.folder = root, generation, root / "device-plugins"
         self.log: Log[Event] = Log(f"the fake kubelet {generation}")  # all lives of it
-        self.process: Any = None  # of the present life, or of the prepared one
+        self.process: Any = None  # of the present life
         self.replies: dict[int, Future[Any]] = {}
         self.answering = 0.0  # when the present life began to answer
-
-    def prepare(self) -> None:
-        """Make the next life's process, unless one lives; it does nothing until start()."""
-        if self.process:
-            return
-        self.pipe, theirs = FORKS.Pipe()
-        about = (theirs, self.root, self.generation)
-        self.process = FORKS.Process(target=fake_kubelet, args=about, daemon=True)
-        self.process.start()
-        theirs.close()
-        self.reader = threading.Thread(target=self.read, daemon=True)
-        self.reader.start()
 
     def read(self) -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -588,7 +561,13 @@ class Kubelet:
     def start(self, wait: str = "listening", **settings: Any) -> None:
         """Return when it listens (or is only "bound", with a listen_delay). Settings are those of
         do_start, such as listen_delay=2 or faults={"register_fails": 3}."""
-        self.prepare()
+        self.pipe, theirs = FORKS.Pipe()
+        about = (theirs, self.root, self.generation)
+        self.process = FORKS.Process(target=fake_kubelet, args=about, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
         mark, reply = self.log.mark(), self.send("start", **settings)
         if wait == "listening":
             assert not reply.result(20), reply.result()
@@ -916,7 +895,8 @@ class Puppet:
         self.answer: Event = {}  # the ContainerAllocateResponse
         self.calls: list[str] = []
         self.server = grpc.server(ThreadPoolExecutor(4))
-        serve(self.server, "DevicePlugin", self.behaviour)
+        servicer: Any = SimpleNamespace(**{method: self.behaviour(method) for method in METHODS})
+        rpc.add_DevicePluginServicer_to_server(servicer, self.server)
         self.server.add_insecure_port(f"unix:{folder / endpoint}")
         self.server.start()
 
@@ -924,7 +904,7 @@ class Puppet:
         def watch(_: Any, context: Any) -> Iterator[Any]:
             context.add_callback(lambda: self.lists.put(None))
             while (devices := self.lists.get()) is not None:
-                yield api_pb2.ListAndWatchResponse(devices=devices)
+                yield api.ListAndWatchResponse(devices=devices)
 
         def reply(message: Any, _: Any) -> Any:
             self.calls.append(method)
@@ -935,7 +915,7 @@ class Puppet:
                 (asked,) = message.container_requests
                 ids = sorted(asked.available_deviceIDs)[: asked.allocation_size]
                 answer = {"container_responses": [{"deviceIDs": ids}]}
-            return getattr(api_pb2, SERVICES["DevicePlugin"][method].split()[1])(**answer)
+            return getattr(api, METHODS[method].output_type.name)(**answer)
 
         return watch if method == "ListAndWatch" else reply
 
@@ -952,9 +932,9 @@ class Puppet:
     def register(self, **fields: Any) -> None:
         """Register, with other values where given; grpc.RpcError if the kubelet refuses."""
         values = {"version": "v1beta1", "endpoint": self.endpoint, "resource_name": self.resource}
-        request = api_pb2.RegisterRequest(**{**values, "options": self.announced, **fields})
+        request = api.RegisterRequest(**{**values, "options": self.announced, **fields})
         with grpc.insecure_channel(f"unix:{self.folder / 'kubelet.sock'}", [LOCAL]) as channel:
-            stub(channel, "Registration", "Register")(request, timeout=10)
+            rpc.RegistrationStub(channel).Register(request, timeout=10)
 
     def close(self) -> None:
         self.lists.put(None)
@@ -1105,7 +1085,7 @@ X = "example.com/x"
 def test_wire() -> None:
     """The plugin's stubs have exactly the table's messages and methods, and call its paths."""
     file, lines = descriptor_pb2.FileDescriptorProto(), []
-    api_pb2.DESCRIPTOR.CopyToProto(file)
+    api.DESCRIPTOR.CopyToProto(file)
     for message in file.message_type:
         assert [one.number for one in message.field] == [*range(1, len(message.field) + 1)]
         fields = []
@@ -1118,14 +1098,13 @@ def test_wire() -> None:
             types = [(one.name, one.number, one.type) for one in entry.field]
             assert entry.options.map_entry and types == [("key", 1, 9), ("value", 2, 9)]
     assert (file.package, file.syntax) == ("v1beta1", "proto3")
-    assert sorted(lines) == sorted(WIRE.strip().splitlines())
-    methods, text = dict[str, dict[str, str]](), (HERE / "api_pb2_grpc.py").read_text()
     for service in file.service:
         for method in service.method:
-            pair = f"{method.input_type} {'*' * method.server_streaming}{method.output_type}"
-            methods.setdefault(service.name, {})[method.name] = pair.replace(".v1beta1.", "")
-            assert f"'/v1beta1.{service.name}/{method.name}'" in text
-    assert methods == SERVICES
+            path = f"{service.name}/{method.name}"
+            answer = "*" * method.server_streaming + method.output_type
+            lines.append(f"{path}: {method.input_type}, {answer}".replace(".v1beta1.", ""))
+            assert f"'/v1beta1.{path}'" in (HERE / "api_pb2_grpc.py").read_text()
+    assert sorted(lines) == sorted(WIRE.strip().splitlines())
 
 
 def test_stubs_are_generated_from_the_proto(tmp_path: Path) -> None:
@@ -1510,9 +1489,6 @@ def test_pci_functions_without_a_device_node(room: Path) -> None:
 
 # ==== Section 4. Health: README's table, row by row ===============================================
 
-FAULTS = ("resetting", "bus-dead", "gone", "no-node", "read-hangs", "unreadable")
-READINGS = [*map(tt.Reading, (None, 1, 2, 3)), *(tt.Reading(None, fault) for fault in FAULTS)]
-
 
 # Each poll: time, what is read, kind of the verdict ("=": the same). What is read: a heartbeat; "-"
 # for no file; a fault, with a heartbeat after "/" if one is read; or why it is not identified.
@@ -1558,34 +1534,6 @@ def test_health_table(row: list[str]) -> None:
         assert verdict.health == marks.get(verdict.kind, "Unhealthy")
 
 
-@CALM
-@given(st.lists(st.tuples(st.sampled_from([0.1, 5, 13]), st.sampled_from(READINGS)), max_size=30))
-def test_health_of_any_history(polls: list[tuple[float, tt.Reading]]) -> None:
-    """Never Healthy while beats are owed, never hung without 12 s and 3 equal reads; a fault that
-    is seen is told; and after two more beats any chip is Healthy."""
-    history, chip, now = tt.HealthHistory(0.0), replace(FIRST, unknown=""), 0.0
-    owed, hung, equal = 0, False, list[tuple[float, int]]()  # when the newest heartbeat was read
-    for pause, reading in polls:
-        now, gone = now + pause, False
-        kind = history.update(chip, reading, now).kind
-        if reading.fault in ("resetting", "bus-dead"):
-            owed, hung, equal = 1, False, []
-        elif reading.heartbeat is None:
-            gone = not reading.fault and bool(equal)
-        elif equal and equal[-1][1] != reading.heartbeat:
-            owed, equal = max(0, owed - 1), [(now, reading.heartbeat)]
-        else:
-            equal.append((now, reading.heartbeat))
-        if kind == "hung" and not (owed and hung):
-            assert len(equal) > 3 and now - equal[0][0] > 12
-            owed, hung = 2, True
-        expected = ("hung", "resetting", "bus-dead") if owed else (reading.fault or "ok",)
-        seen = "gone" if gone else reading.fault.replace("unreadable", "")
-        assert kind == seen if seen else kind in expected
-    verdicts = [history.update(chip, tt.Reading(beat), now + beat) for beat in (7, 8, 9)]
-    assert verdicts[-1] == tt.Verdict()
-
-
 # ==== Section 5. Cards: no chip under two IDs, whatever happens; what becomes of a card ===========
 
 # Chips as chip_of() has them, and the one name of the card that each is part of, at all times.
@@ -1618,7 +1566,8 @@ WRONG: list[dict[str, Any]] = [
 # A poll: is the plugin started anew? How far have the chips moved? Each is away (None), or has
 # something wrong with its files, or nothing, and a fault, or none.
 WAYS = st.sampled_from((0, 0, 0, 0, *range(len(WRONG))))
-STATE = st.none() | st.tuples(WAYS, st.sampled_from(("", "", *FAULTS)))
+FAULTS = st.sampled_from(" resetting bus-dead gone no-node read-hangs unreadable".split(" "))
+STATE = st.none() | st.tuples(WAYS, st.just("") | FAULTS)
 POLLS = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NODE)))
 
 
@@ -1757,12 +1706,12 @@ def test_for_another_vendors_card(room: Path) -> None:
     """With another discovery all the rest is as it is: what is listed, and what a Pod gets."""
     acme = Acme(room, 1, 2, 3)
     shared = tt.Shared(acme.inventory, tt.preferred_allocation, lambda cards: [])
-    plugin, container = tt.DevicePlugin(shared, "x.org/x1"), api_pb2.ContainerAllocateRequest()
+    plugin, container = tt.DevicePlugin(shared, "x.org/x1"), api.ContainerAllocateRequest()
     container.devices_ids.extend(["acme-3", "acme-1"])
     for n in acme.there:
         (room / str(n)).symlink_to("/dev/null")
     acme.inventory.poll(0.0)
-    request = api_pb2.AllocateRequest(container_requests=[container])
+    request = api.AllocateRequest(container_requests=[container])
     (answer,) = as_dict(asyncio.run(plugin.Allocate(request, None)))["container_responses"]
     paths = [device["host_path"] for device in answer["devices"]]
     assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
@@ -2152,21 +2101,6 @@ def test_pod(kubelet: Kubelet, four: Tree, launch: Launch, plugin: Plugin) -> No
     assert sorted(ids[R150] + kubelet.admit("second", {R150: 2})["ids"][R150]) == ID
 
 
-def test_large_pod_with_two_resources(kubelet: Kubelet, launch: Launch) -> None:
-    """Nothing in the answers of two resources has the same name and another value (contract 14).
-    Made-up cards, up to 200, are /dev/null on the host."""
-    kubelet.start()
-    plugin = launch(None, kubelet, "--fake=n150=199,n300=1", "--hugepages=always")
-    kubelet.wait_status(R150, 199, 199, timeout=20)
-    kubelet.wait_status(R300, 1, 1)
-    answer = kubelet.admit("pod", {R150: 199, R300: 1})
-    paths = {one["container_path"]: one["host_path"] for one in answer["devices"]}
-    assert paths == {f"/dev/tenstorrent/{n}": "/dev/null" for n in range(200)}
-    assert sorted(name[-5:] for name in answer["envs"]) == ["_N150", "_N300"]
-    assert not kubelet.seen("conflict") and len(answer["mounts"]) == 1
-    plugin.end()  # so that it removes what it made up
-
-
 def dial(kubelet: Kubelet) -> grpc.Channel:
     """A connection to the plugin's one socket, beside the kubelet's."""
     (name,) = sockets(kubelet)
@@ -2183,8 +2117,8 @@ def test_streams_share_nothing(kubelet: Kubelet, four: Tree, launch: Launch) -> 
     kubelet.wait_status(R150, 4, 4)
     mark = kubelet.log.mark()
     with dial(kubelet) as channel:
-        watch = stub(channel, "DevicePlugin", "ListAndWatch")
-        streams = [watch(api_pb2.Empty(), timeout=60) for _ in range(6)]
+        watch = rpc.DevicePluginStub(channel).ListAndWatch
+        streams = [watch(api.Empty(), timeout=60) for _ in range(6)]
         assert {len(next(stream).devices) for stream in streams} == {4}
         for stream in streams[::2]:
             stream.cancel()
@@ -2207,8 +2141,8 @@ def test_hostile_calls(kubelet: Kubelet, plugin: Plugin, bound: Bound) -> None:
 
     noise, many = random.Random(4711), [f"wormhole-{n:016X}" for n in range(100_000)]
     most = b"\x0a\xc0\xdf\x0f" + b"\x0a\x00" * 128_992  # as many IDs as a request can hold
-    lists = [api_pb2.ContainerAllocateRequest(devices_ids=ids) for ids in (ID, many, many[:9000])]
-    requests = [api_pb2.AllocateRequest(container_requests=[one]) for one in lists]
+    lists = [api.ContainerAllocateRequest(devices_ids=ids) for ids in (ID, many, many[:9000])]
+    requests = [api.AllocateRequest(container_requests=[one]) for one in lists]
     honest, *hostile = (request.SerializeToString() for request in requests)
     hostile += [most, b"\n\2\n\0" * 1000]
     hostile += [noise.randbytes(noise.randrange(300)) for _ in range(40)]
@@ -2218,8 +2152,8 @@ def test_hostile_calls(kubelet: Kubelet, plugin: Plugin, bound: Bound) -> None:
             call = send(enemy, data, method)
             assert call.code().name not in ("DEADLINE_EXCEEDED", "UNAVAILABLE"), data[:20]
             assert call.code().name == "OK" or call.details(), data[:20]
-        watch, times = stub(enemy, "DevicePlugin", "ListAndWatch"), []
-        streams = [watch(api_pb2.Empty()) for _ in range(200)]
+        watch, times = rpc.DevicePluginStub(enemy).ListAndWatch, []
+        streams = [watch(api.Empty()) for _ in range(200)]
         assert {len(next(stream).devices) for stream in streams} == {4}
         calls = [send(enemy, b"") for _ in range(1000)]
         for _ in range(40):
@@ -2311,7 +2245,6 @@ def test_first_registration(
     first list (story 8), with the options in both places. A kubelet that dials late is met once."""
     if waits.startswith("no kubelet"):
         kubelet.folder.mkdir(parents=True)
-    kubelet.prepare()
     if waits:
         plugin = launch(four, kubelet)
         plugin.log.wait_for(lambda _: plugin.log.mark() == 6, 5, 0, "what it finds")
@@ -2667,9 +2600,9 @@ def test_stops_at_any_moment(kubelet: Kubelet, launch: Launch, room: Path) -> No
 def test_log_that_nobody_reads(kubelet: Kubelet, plugin: Plugin, bound: Bound) -> None:
     """Lines are dropped, and nothing waits for them: not a call, not the end, which calls under way
     do not hold up, either. Once somebody reads, the log says how many lines were dropped."""
-    reading, nothing = plugin.log.changed, api_pb2.AllocateRequest()
+    reading, nothing = plugin.log.changed, api.AllocateRequest()
     with dial(kubelet) as channel:
-        allocate = stub(channel, "DevicePlugin", "Allocate")
+        allocate = rpc.DevicePluginStub(channel).Allocate
 
         def flood(count: int) -> None:
             for _ in range(count // 500):
@@ -3639,22 +3572,27 @@ def test_manifest_waits_for_the_file(room: Path) -> None:
 
 
 def test_made_up_cards(kubelet: Kubelet, launch: Launch) -> None:
-    """With --fake README's Pod is admitted and started, and gets what it says, as /dev/null. A card
-    that is taken out of the tree, whose place is said, is Unhealthy. The tree goes with the
-    process."""
+    """With --fake README's Pod gets what it says, and a large one the rest, as /dev/null: nothing
+    in the answers of two resources has the same name and another value (contract 14). A card taken
+    out of the tree, whose place is said, is Unhealthy. The tree goes with the process."""
     kubelet.start()
-    plugin = launch(None, kubelet, "--fake=n150=2,p300=1")
-    kubelet.wait_status(R150, 2, 2)
-    kubelet.wait_status("tenstorrent.com/p300", 1, 1)
+    plugin = launch(None, kubelet, "--fake=n150=196,p300=2", "--hugepages=always")
+    kubelet.wait_status(R150, 196, 196, timeout=20)
+    kubelet.wait_status("tenstorrent.com/p300", 2, 2)
     (container,) = POD["spec"]["containers"]
-    for want, nodes in ((container["resources"]["limits"], 1), ({"tenstorrent.com/p300": 1}, 2)):
-        got = kubelet.admit(f"pod-{nodes}", want)
-        assert [node["host_path"] for node in got["devices"]] == ["/dev/null"] * nodes
-        for resource in want:
-            kubelet.pre_start(resource, got["ids"][resource])
+    wanted = container["resources"]["limits"], {R150: 195, "tenstorrent.com/p300": 2}
+    answers = [kubelet.admit(f"pod {number}", want) for number, want in enumerate(wanted)]
+    devices = [[one["container_path"] for one in got["devices"]] for got in answers]
+    assert len(devices[0]) == 1
+    assert sorted(itertools.chain(*devices)) == sorted(f"/dev/tenstorrent/{n}" for n in range(200))
+    assert {one["host_path"] for got in answers for one in got["devices"]} == {"/dev/null"}
+    assert sorted(name[-5:] for name in answers[1]["envs"]) == ["_N150", "_P300"]
+    assert not kubelet.seen("conflict") and len(answers[1]["mounts"]) == 1
+    for resource, ids in answers[1]["ids"].items():
+        kubelet.pre_start(resource, ids)
     place = Path(plugin.wait_for_line("made-up cards in").text.split(" in ")[1].split(":")[0])
     (place / "sys/class/tenstorrent/tenstorrent!0").unlink()
-    kubelet.wait_status(R150, 2, 1)
+    kubelet.wait_status(R150, 196, 195)
     assert plugin.end()[0] == 0 and not place.exists() and not sockets(kubelet)
 
 
