@@ -1566,8 +1566,8 @@ WRONG: list[dict[str, Any]] = [
 # A poll: is the plugin started anew? How far have the chips moved? Each is away (None), or has
 # something wrong with its files, or nothing, and a fault, or none.
 WAYS = st.sampled_from((0, 0, 0, 0, *range(len(WRONG))))
-FAULTS = st.sampled_from(" resetting bus-dead gone no-node read-hangs unreadable".split(" "))
-STATE = st.none() | st.tuples(WAYS, st.just("") | FAULTS)
+FAULTS = ("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs", "unreadable")
+STATE = st.none() | st.tuples(WAYS, st.sampled_from(FAULTS))
 POLLS = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NODE)))
 
 
