@@ -108,7 +108,8 @@ def add_bytecode(entries: dict[str, bytes]) -> None:
         if name.endswith(".py") and name != "__main__.py":
             code = compile(entries[name], name, "exec", dont_inherit=True)
             header = UNCHECKED_HASH + importlib.util.source_hash(entries[name])
-            entries[name + "c"] = importlib.util.MAGIC_NUMBER + header + marshal.dumps(code)
+            # Version 2: later ones mark what is referred to twice, which differs from run to run.
+            entries[name + "c"] = importlib.util.MAGIC_NUMBER + header + marshal.dumps(code, 2)
 
 
 def write(path: Path, entries: dict[str, bytes], one_python: bool) -> None:
