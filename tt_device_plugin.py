@@ -1352,8 +1352,7 @@ class BoundedQueueHandler(logging.handlers.QueueHandler):
         try:
             if self.dropped:
                 text = f"{self.dropped} lines were dropped: nobody read the log"
-                line = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
-                self.queue.put_nowait(logging.makeLogRecord(line))
+                self.queue.put_nowait(logging.makeLogRecord({"levelname": "WARNING", "msg": text}))
                 self.dropped = 0
             self.queue.put_nowait(record)
         except queue.Full:
@@ -1380,12 +1379,10 @@ def in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def set_up_logging(style: str, level: str) -> Callable[[], object]:
-    """Logs to stderr in a thread. Returns a function that waits 0.5 s at most for the lines that
-    are not written yet."""
-    formatter = (JsonFormatter if style == "json" else logging.Formatter)(
-        "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"
-    )
+def set_up_logging(style: str, level: str) -> queue.Queue[logging.LogRecord]:
+    """Logs to stderr in a thread. Returns the queue of the lines that it has not written yet."""
+    kind = JsonFormatter if style == "json" else logging.Formatter
+    formatter = kind("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     stderr = logging.StreamHandler()
     stderr.setFormatter(formatter)
@@ -1394,12 +1391,7 @@ def set_up_logging(style: str, level: str) -> Callable[[], object]:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("grpc._cython.cygrpc").addFilter(in_one_line)
     logging.handlers.QueueListener(lines, stderr).start()
-
-    def drain() -> None:
-        with lines.all_tasks_done:
-            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
-
-    return drain
+    return lines
 
 
 def log_changes(settings: Settings, old: Snapshot, new: Snapshot) -> None:
@@ -2130,14 +2122,15 @@ def main() -> NoReturn:
     # Before any thread is started, which inherits this: see until_signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     options = parse(sys.argv[1:], os.environ)
-    drain = set_up_logging(options.log_format, options.log_level)
+    lines = set_up_logging(options.log_format, options.log_level)
     try:
         with contextlib.ExitStack() as stack:
             code = run(options, stack)
     except Exception as error:
         log.error("%s", error, exc_info=not isinstance(error, (CannotWork, OSError)))
         code = 1
-    drain()
+    with lines.all_tasks_done:  # what has been logged is to be written, unless nobody reads it
+        lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
     with contextlib.suppress(OSError):  # nobody reads it any more
         sys.stdout.flush()
     # Python's own way out would wait for a log that nobody reads, and at times for gRPC's threads,
