@@ -2862,11 +2862,11 @@ def test_alive() -> None:
         inventory = tt.Inventory(tt.Settings(poll_seconds=seconds))
         inventory.polled_at, inventory.failure.problem = 1000.0, "WHY"
         text = f"stuck: the last poll ended {limit + 1} s ago. WHY"
-        assert tt.alive(inventory, loop, 1001 + limit) == (False, text)
-    assert tt.alive(inventory, loop, 1180) == (False, "stuck: the event loop does not answer")
+        assert tt.alive(inventory, loop, 1001 + limit) == (503, text)
+    assert tt.alive(inventory, loop, 1180) == (503, "stuck: the event loop does not answer")
     loop.close()
     registrar = tt.Registrar(tt.Shared(inventory, tt.preferred_allocation, lambda cards: []))
-    assert tt.ready(registrar) == (False, "the first poll has not ended yet")
+    assert tt.ready(registrar) == (503, "the first poll has not ended yet")
 
 
 def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> None:
@@ -2906,14 +2906,14 @@ def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> No
 
 def test_listens_on_one_address_or_all() -> None:
     """IPv4 and IPv6, as a Pod's address may be of either kind. A page that fails says why."""
-    pages: Any = {"/x": lambda: (True, "yes"), "/no": lambda: (False, "no"), "/e": lambda: 1 / 0}
+    pages: Any = {"/x": lambda: (200, "yes"), "/no": lambda: (503, "no"), "/e": lambda: 1 / 0}
     error = "ZeroDivisionError('division by zero')\n"
     for host, own in (("127.0.0.1", "127.0.0.1:0"), ("::1", "[::1]:0")):
         if ":" in host and not socket.has_dualstack_ipv6():
             pytest.skip("no IPv6 here")
         for address in (own, ":0"):
             parsed: Any = tt.listen_address(address)
-            said = tt.open_port(parsed, functools.partial(tt.answer, pages))
+            said = tt.open_port(parsed, pages)
             answers = [fetch(said, path, host) for path in ("/x?y=z", "/no", "/e")]
             assert answers == [(200, "yes\n"), (503, "no\n"), (500, error)]
 

@@ -1250,9 +1250,10 @@ async def serve(settings: Settings) -> None:
     inventory.start(asyncio.get_running_loop())
     tasks = [asyncio.create_task(each) for each in (registrar.run(), serve_pages(registrar))]
     try:
-        # Neither ends by itself: what ends one is a defect or CannotWork, and is raised here.
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        done.pop().result()
+        # The registrar does not end by itself: what ends it, or a defect, is raised here.
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
     finally:
         inventory.stop()
         for task in tasks:  # once: a second time would interrupt run(), which waits for its own
@@ -1541,46 +1542,36 @@ class Metrics:
                     self.junk[chip.pci] += 1
 
 
-def alive(inventory: Inventory, loop: asyncio.AbstractEventLoop, now: float) -> tuple[bool, str]:
-    """/healthz: whether this process does its work. Cards in trouble do not count, nor does a
+def alive(inventory: Inventory, loop: asyncio.AbstractEventLoop, now: float) -> tuple[int, str]:
+    """/healthz: 200 while this process does its work. Cards in trouble do not count, nor does a
     missing kubelet. `now` is time.monotonic()."""
     age, trouble = max(0.0, now - inventory.polled_at), inventory.failure.problem
     if age > max(10.0, 3 * inventory.settings.poll_seconds):  # reads that hang delay it by 2 s
-        return False, f"stuck: the last poll ended {age:.0f} s ago. {trouble}"
+        return 503, f"stuck: the last poll ended {age:.0f} s ago. {trouble}"
     answered = threading.Event()
     loop.call_soon_threadsafe(answered.set)
     if not answered.wait(3):
-        return False, "stuck: the event loop does not answer"
-    return True, f"ok: the last poll ended {age:.1f} s ago. {trouble}"
+        return 503, "stuck: the event loop does not answer"
+    return 200, f"ok: the last poll ended {age:.1f} s ago. {trouble}"
 
 
-def ready(registrar: Registrar) -> tuple[bool, str]:
-    """/readyz: (ready, explanation). Ready when every resource is registered, when there is none,
-    or when this instance stands by."""
+def ready(registrar: Registrar) -> tuple[int, str]:
+    """/readyz: 200 when every resource is registered, when there is none, or when this instance
+    stands by."""
     status, standby_reason = registrar.registration_status(), registrar.lock.standby_reason
     if not registrar.inventory.snapshot.polled:
-        return False, "the first poll has not ended yet"
+        return 503, "the first poll has not ended yet"
     if not status:
-        return True, "no cards to register: waiting for some to appear"
+        return 200, "no cards to register: waiting for some to appear"
     told = {each: f"not registered: {why}" if why else "registered" for each, why in status.items()}
     lines = [f"{resource}: {text}" for resource, text in told.items()]
-    return bool(standby_reason) or not any(status.values()), standby_reason or "\n".join(lines)
+    code = 200 if standby_reason or not any(status.values()) else 503
+    return code, standby_reason or "\n".join(lines)
 
 
-def answer(pages: Mapping[str, Callable[[], tuple[bool, str]]], path: str) -> tuple[int, str]:
-    """HTTP status and text of one of `pages`, path -> (whether it is 200, else 503; text)."""
-    if not (page := pages.get(path.partition("?")[0])):
-        return 404, f"no such page; there are {', '.join(pages)}"
-    try:
-        fine, text = page()
-        return 200 if fine else 503, text
-    except Exception as error:  # a defect of a page must be seen, in it and in the log
-        log.exception("%s failed", path)
-        return 500, repr(error)
-
-
-def open_port(address: tuple[str, int], respond: Callable[[str], tuple[int, str]]) -> str:
-    """Answers GET in threads. Returns the address. Raises OSError."""
+def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[int, str]]]) -> str:
+    """Answers GET in threads. `pages`: path -> what gives the HTTP status and the text. Returns the
+    address. Raises OSError."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # 15 ms, only if wanted
 
     class Handler(BaseHTTPRequestHandler):
@@ -1588,7 +1579,14 @@ def open_port(address: tuple[str, int], respond: Callable[[str], tuple[int, str]
         server_version, sys_version = f"tt-device-plugin/{__version__}", ""
 
         def do_GET(self) -> None:
-            code, text = respond(self.path)
+            page = pages.get(self.path.partition("?")[0])
+            code, text = 404, f"no such page; there are {', '.join(pages)}"
+            try:
+                if page:
+                    code, text = page()
+            except Exception as error:  # a defect of a page must be seen, in it and in the log
+                log.exception("%s failed", self.path)
+                code, text = 500, repr(error)
             self.send_response(code)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.end_headers()
@@ -1614,24 +1612,23 @@ def open_port(address: tuple[str, int], respond: Callable[[str], tuple[int, str]
 
 
 async def serve_pages(registrar: Registrar) -> None:
-    """Opens the HTTP pages, if they are wanted, and tries again while the port is taken."""
+    """Opens the HTTP pages, if they are wanted, and tries again while the port is taken. Returns
+    when they are open."""
     inventory, loop, trouble = registrar.inventory, asyncio.get_running_loop(), LogOnChange()
     metrics, wanted = Metrics(registrar), inventory.settings.listen
-    pages: dict[str, Callable[[], tuple[bool, str]]] = {
+    pages: dict[str, Callable[[], tuple[int, str]]] = {
         "/healthz": lambda: alive(inventory, loop, time.monotonic()),
         "/readyz": lambda: ready(registrar),
-        "/metrics": lambda: (True, metrics.page(time.monotonic())),
+        "/metrics": lambda: (200, metrics.page(time.monotonic())),
     }
-    respond = functools.partial(answer, pages)
     while wanted:
         try:
-            log.info("HTTP on %s: %s", open_port(wanted, respond), ", ".join(pages))
-            break
+            log.info("HTTP on %s: %s", open_port(wanted, pages), ", ".join(pages))
+            return
         except OSError as error:  # an instance that ends may still have it
             where = f"port {wanted[1]} of {wanted[0] or 'all addresses'}"
             trouble.set(f"no HTTP on {where}: {os.strerror(error.errno or 0)}; trying again")
             await asyncio.sleep(1)
-    await asyncio.Event().wait()
 
 
 # ==== C. Files for other tools: a CDI specification, and node labels ==============================
