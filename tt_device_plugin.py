@@ -1457,7 +1457,6 @@ METRICS = {
     "tt_device_plugin_heartbeat_age_seconds": "Since the heartbeat was last seen to change.",
     "tt_device_plugin_junk_readings_total": "Sensor values that cannot be.",
 } | {metric: sensor[-1] for metric, sensor in SENSORS.items()}
-ESCAPE = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class Metrics:
@@ -1474,7 +1473,8 @@ class Metrics:
 
         def add(metric: str, value: float, **labels: str) -> None:
             name = metric if metric in METRICS else f"tt_device_plugin_{metric}"
-            inside = ",".join(f'{key}="{text.translate(ESCAPE)}"' for key, text in labels.items())
+            # Texts are printable ASCII: JSON quotes and escapes that as this format does.
+            inside = ",".join(f"{key}={json.dumps(text)}" for key, text in labels.items())
             samples.setdefault(name, []).append(f"{name}{{{inside}}} {float(value)}")
 
         snapshot, status = self.inventory.snapshot, self.registrar.registration_status()
@@ -1514,8 +1514,7 @@ class Metrics:
         # Of an old driver nothing is read, see read_health. Of a chip whose reads hang neither, and
         # if it begins to hang in here, one scrape waits, and the others do without it.
         version = [int(part) for part in re.findall("[0-9]+", self.inventory.snapshot.driver)]
-        safe = reader.history.heartbeat is not None or version >= [2, 7]
-        if safe and reader.idle.is_set() and reader not in self._reading:
+        if version >= [2, 7] and reader.idle.is_set() and reader not in self._reading:
             self._reading.add(reader)
             try:
                 for metric, value in self._sensors(chip):
