@@ -1867,18 +1867,14 @@ TYPES: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
-def flag_type(metavar: str) -> Callable[[str], Any]:
-    """What argparse calls for the value of a flag."""
-    choices = metavar.split("|")
-    what, convert = TYPES.get(metavar, (f"one of {metavar}", {each: each for each in choices}.get))
-
-    def value_of(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if (value := convert(text)) is not None:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-
-    return value_of
+def flag_value(metavar: str, text: str) -> Any:
+    """The value of a flag. Raises argparse.ArgumentTypeError."""
+    choices = {each: each for each in metavar.split("|")}
+    what, convert = TYPES.get(metavar, (f"one of {metavar}", choices.get))
+    with contextlib.suppress(ValueError):
+        if (value := convert(text)) is not None:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
@@ -1896,7 +1892,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
     defaults |= {"fake": None, "log_format": "text", "log_level": "info"}
     for line in FLAGS.strip().splitlines():
         flag, metavar, text = re.findall(r"^(\S+)(?: (\S+))?  +(.+)$", line)[0]
-        name, kind = flag[2:].replace("-", "_"), flag_type(metavar)
+        name, kind = flag[2:].replace("-", "_"), functools.partial(flag_value, metavar)
         default, variable = defaults.get(name, False), ENVIRONMENT + name.upper()
         try:
             default = kind(environment[variable]) if environment.get(variable) else default
