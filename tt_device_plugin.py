@@ -92,7 +92,7 @@ class Settings:
     cdi_dir: Path | None = None
     labels_dir: Path | None = None
     listen: tuple[str, int] | None = None  # "" for all addresses
-    fake: bool = False
+    fake: Mapping[str, int] | None = None  # model -> how many; its tree is at sysfs_root, dev_root
 
     @property
     def plugin_dir(self) -> Path:
@@ -1889,7 +1889,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
         allow_abbrev=False,
     )
     defaults, wrong = {each.name: each.default for each in fields(Settings)}, ""
-    defaults |= {"fake": None, "log_format": "text", "log_level": "info"}
+    defaults |= {"log_format": "text", "log_level": "info"}
     for line in FLAGS.strip().splitlines():
         flag, metavar, text = re.findall(r"^(\S+)(?: (\S+))?  +(.+)$", line)[0]
         name, kind = flag[2:].replace("-", "_"), functools.partial(flag_value, metavar)
@@ -2076,22 +2076,19 @@ async def until_signal(work: Coroutine[Any, Any, int | None]) -> int:
 
 def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     """Does what the flags say. Returns the exit code. Raises CannotWork, OSError."""
-    import tempfile
+    settings = Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
+    if options.fake or options.dry_run:
+        import tempfile
 
-    def temporary_folder(name: str) -> Path:
         try:
-            folder = tempfile.TemporaryDirectory(prefix=name, ignore_cleanup_errors=True)
+            folder = tempfile.TemporaryDirectory(prefix="tt-plugin-", ignore_cleanup_errors=True)
         except OSError as error:
             remedy = "set TMPDIR to a folder that can be written"
             raise CannotWork(f"cannot make a temporary folder: {error}; {remedy}") from error
-        return Path(stack.enter_context(folder))
-
-    names = {each.name for each in fields(Settings)} - {"fake"}
-    settings = Settings(**{name: getattr(options, name) for name in names})
+        top = Path(stack.enter_context(folder))
     if options.fake:
-        top = temporary_folder("tt-device-plugin-fake-")
         make_fake_tree(top, options.fake)
-        settings = replace(settings, sysfs_root=top / "sys", dev_root=top / "dev", fake=True)
+        settings = replace(settings, sysfs_root=top / "sys", dev_root=top / "dev")
     if options.list:
         snapshot = discover_once(settings)
         if options.json:
@@ -2100,8 +2097,7 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
             print_list(snapshot)
         return 0
     if options.dry_run:
-        settings = replace(settings, kubelet_dir=temporary_folder("tt-dry-run-"))
-        settings = replace(settings, cdi_dir=None, labels_dir=None, listen=None)
+        settings = replace(settings, kubelet_dir=top, cdi_dir=None, labels_dir=None, listen=None)
         return asyncio.run(until_signal(dry_run(settings)))
     if options.fake:
         remove = "remove a tenstorrent!N in sys/class/tenstorrent to see one vanish"
