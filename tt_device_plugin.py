@@ -1517,13 +1517,12 @@ class Metrics:
         if version >= [2, 7] and reader.idle.is_set() and reader not in self._reading:
             self._reading.add(reader)
             try:
-                for metric, value in self._sensors(chip):
-                    add(metric, value, **of)
+                self._add_sensors(add, chip, of)
             finally:
                 self._reading.discard(reader)
         add("junk_readings_total", self.junk[chip.pci], **of)
 
-    def _sensors(self, chip: Chip) -> Iterable[tuple[str, float]]:
+    def _add_sensors(self, add: Callable[..., None], chip: Chip, of: Mapping[str, str]) -> None:
         sysfs, entry = self.inventory.discovery.sysfs, self.inventory.discovery.folder(chip.index)
         # The newest: a reset makes another hwmonX, and old drivers leave the dead one (tt-kmd#25).
         monitors = [str(path) for path in Path(f"{entry}/device/hwmon").glob("hwmon*")]
@@ -1536,7 +1535,7 @@ class Metrics:
                 text = read_attribute(f"{folders[place]}/{file}")
                 text = str(len(text.split())) if place == "proc" else text
                 if re.fullmatch("[0-9]+", text) and int(text) <= highest:
-                    yield metric, int(text) / scale
+                    add(metric, int(text) / scale, **of)
                 else:
                     self.junk[chip.pci] += 1
 
