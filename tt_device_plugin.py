@@ -1633,7 +1633,6 @@ async def serve_pages(registrar: Registrar) -> None:
 
 CDI_KIND, CDI_FILE = "tenstorrent.com/card", "tenstorrent.com-card.json"
 CDI_VERSION = "0.5.0"  # lowest with hostPath and names that begin with a digit; podman 4.3's last
-LABELS_FILE = "tt-device-plugin"
 DRAFT = ".{}.new"  # not .json: CDI runtimes also read files whose names begin with a dot
 
 
@@ -1653,8 +1652,7 @@ def cdi_spec(settings: Settings, snapshot: Snapshot) -> str:
         edits: dict[str, Any] = {"deviceNodes": []}
         for chip in chips:
             host = os.devnull if settings.fake else chip.node
-            node = {"path": chip.node, "hostPath": host, "permissions": "rw"}
-            edits["deviceNodes"].append(node)
+            edits["deviceNodes"].append({"path": chip.node, "hostPath": host, "permissions": "rw"})
         if wants_hugepages(settings, chips):
             pages = {"hostPath": HUGEPAGES, "containerPath": HUGEPAGES, "options": ["rbind", "rw"]}
             edits["mounts"] = [pages]
@@ -1673,7 +1671,7 @@ def node_labels(settings: Settings, snapshot: Snapshot) -> str:
         labels[f"{model}.firmware"] = firmware.pop() if len(firmware) == 1 else ""
     offered = [card for card in snapshot.cards if card.resource]
     models, trays = Counter(card.model for card in offered), {tray(card) for card in offered}
-    whole = len(models) == 1 and len(offered) == 32 and len(trays) == 4 and "" not in trays
+    whole = len(models) == 1 and len(offered) == 32 and len(trays) == 4
     # By tt-metal's names, where the cards leave no doubt. A t3000 is also called QuietBox.
     labels["topology"] = "t3000" if models == {"n300": 4} else "galaxy" if whole else ""
     labels["driver-version"] = snapshot.driver if offered else ""
@@ -1689,9 +1687,8 @@ class KeptFiles:
     def __init__(self, settings: Settings) -> None:
         self.settings, self._thread = settings, threading.Thread()
         cdi, labels = settings.cdi_dir, settings.labels_dir
-        wanted = (cdi, CDI_FILE, cdi_spec), (labels, LABELS_FILE, node_labels)
-        self._files = {folder / name: make for folder, name, make in wanted if folder}
-        self._trouble = {path: LogOnChange() for path in self._files}
+        wanted = (cdi, CDI_FILE, cdi_spec), (labels, "tt-device-plugin", node_labels)
+        self._files = [(top / name, make, LogOnChange()) for top, name, make in wanted if top]
         self._named: dict[str, list[str]] = {}  # card ID in the CDI file -> device nodes
 
     def keep(self, snapshot: Snapshot) -> None:
@@ -1703,21 +1700,21 @@ class KeptFiles:
 
     def remove(self) -> None:
         """Removes them, once they are written. Waits for that for 0.5 s at most."""
-        ending = threading.Thread(target=self._remove, args=(self._thread,), daemon=True)
+        ending = threading.Thread(target=self._remove, daemon=True)
         ending.start()
         ending.join(0.5)
 
-    def _remove(self, writer: threading.Thread) -> None:
-        if writer.is_alive():
-            writer.join()
-        for path in self._files:
+    def _remove(self) -> None:
+        if self._thread.is_alive():  # the one that writes
+            self._thread.join()
+        for path, *_ in self._files:
             for each in (path, path.with_name(DRAFT.format(path.name))):
                 with contextlib.suppress(OSError):
                     each.unlink()
 
     def _keep(self, snapshot: Snapshot) -> None:
         healthy = [card for card in snapshot.cards if card.verdict.health == HEALTHY]
-        for path, make in self._files.items():
+        for path, make, trouble in self._files:
             text, cdi = make(self.settings, snapshot), path.name == CDI_FILE
             try:
                 if text != (path.read_text(errors="replace") if path.exists() else ""):
@@ -1725,9 +1722,9 @@ class KeptFiles:
                     self._write(path, text)
                 if cdi:
                     self._named = {card.id: card.device_nodes for card in healthy}
-                self._trouble[path].set("", f"{path} is kept again")
+                trouble.set("", f"{path} is kept again")
             except OSError as error:
-                self._trouble[path].set(f"cannot keep {path}: {error.strerror}; trying again")
+                trouble.set(f"cannot keep {path}: {error.strerror}; trying again")
 
     def _write(self, path: Path, text: str) -> None:
         if not text:
