@@ -3184,7 +3184,7 @@ def test_fake_tree_of_every_model(room: Path) -> None:
     tt.make_fake_tree(room, counts)
     for letter in ("", "a"):
         settings = replace(metrics_of(room).inventory.settings, variants=bool(letter))
-        cards = tt.discover_once(settings).cards
+        cards = tt.Inventory(settings).poll(100.0).cards
         models = {model + letter * model.startswith("p"): count for model, count in counts.items()}
         assert Counter(card.model for card in cards if card.verdict.health == "Healthy") == models
         assert {card.resource for card in cards} == {f"tenstorrent.com/{one}" for one in models}

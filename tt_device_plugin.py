@@ -654,9 +654,10 @@ class Inventory:
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
-    def poll(self, now: float) -> None:
-        """One pass: find the chips, read, judge, publish. Takes 2 s and a little more at most.
-        Raises OSError for what is no chip's fault, such as a lack of file descriptors."""
+    def poll(self, now: float) -> Snapshot:
+        """One pass: find the chips, read, judge, publish. Returns the snapshot, after 2 s and a
+        little more at most. Raises OSError for what is no chip's fault, such as a lack of file
+        descriptors."""
         self._find_chips()
         asked = [reader for reader in self.readers.values() if reader.ask()]
         waits = round(READ_S / 0.05)
@@ -671,6 +672,7 @@ class Inventory:
             judged.append((chip, make_verdict(kind, chip=chip)))
         old = replace(self.snapshot, driver=self.discovery.driver_version())
         self._publish(next_snapshot(old, judged, self.settings, now))
+        return self.snapshot
 
     def _find_chips(self) -> None:
         """Updates the readers, one for each class device."""
@@ -1913,13 +1915,6 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
     return options
 
 
-def discover_once(settings: Settings) -> Snapshot:
-    """The snapshot of one poll. Raises OSError."""
-    inventory = Inventory(settings)
-    inventory.poll(time.monotonic())
-    return inventory.snapshot
-
-
 def describe(card: Card) -> dict[str, Any]:
     """A card as --list --json prints it."""
     return {
@@ -1996,7 +1991,7 @@ async def dry_run(settings: Settings) -> int:
 async def dry_run_steps(settings: Settings, kubelet: DryRunKubelet) -> None:
     """All steps of all resources. Raises CannotWork, OSError, AioRpcError, TimeoutError."""
     print_step(f"1. Discover: the cards under {settings.sysfs_root}")
-    snapshot = discover_once(settings)
+    snapshot = Inventory(settings).poll(time.monotonic())
     print_list(snapshot)
     if not (left := set(snapshot.resources)):
         raise CannotWork("no card could be offered")
@@ -2086,7 +2081,7 @@ def run(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         make_fake_tree(top, options.fake)
         settings = replace(settings, sysfs_root=top / "sys", dev_root=top / "dev")
     if options.list:
-        snapshot = discover_once(settings)
+        snapshot = Inventory(settings).poll(time.monotonic())
         if options.json:
             print(json.dumps([describe(card) for card in snapshot.cards], indent=2))
         else:
