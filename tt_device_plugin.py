@@ -2011,9 +2011,6 @@ async def dry_run_steps(settings: Settings, kubelet: DryRunKubelet) -> None:
 
 async def dry_run_resource(plugin: Any, request: api.RegisterRequest) -> None:
     """Steps 3 to 5 of one resource. Raises CannotWork, AioRpcError, TimeoutError."""
-    options = await plugin.GetDevicePluginOptions(api.Empty(), timeout=STREAM_S)
-    if options != request.options:
-        raise CannotWork("Register and GetDevicePluginOptions announce different options")
     stream = plugin.ListAndWatch(api.Empty())
     devices = (await asyncio.wait_for(stream.read(), STREAM_S)).devices
     step = f"3. ListAndWatch: the kubelet calls {request.endpoint}, and keeps the stream open"
