@@ -1346,12 +1346,9 @@ class BoundedQueueHandler(logging.handlers.QueueHandler):
 
     dropped = 0
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """As it is: the thread formats it, so that no call waits for that."""
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Puts a line into the queue, if there is room."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Puts a line into the queue, if there is room: as it is, so that no call waits until it is
+        formatted."""
         try:
             if self.dropped:
                 text = f"{self.dropped} lines were dropped: nobody read the log"
