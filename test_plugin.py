@@ -1666,8 +1666,8 @@ def test_what_becomes_of_a_card(row: list[str]) -> None:
         snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), 100 + now)
     assert brief(snapshot) == row[2].replace("nothing", "")
     for words in row[3:]:
-        verdict = snapshot.cards[0].verdict
-        assert re.search(words, f"{verdict.reason} since {verdict.since - 100:.0f}")
+        card = snapshot.cards[0]
+        assert re.search(words, f"{card.verdict.reason} since {card.since - 100:.0f}")
 
 
 # The inventory: the thread that polls, and those that read

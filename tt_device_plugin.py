@@ -191,7 +191,6 @@ class Verdict:
     health: str = HEALTHY  # HEALTHY, UNHEALTHY or PENDING
     kind: str = "ok"  # ok, or a key of REASONS
     reason: str = ""  # for the admin; without numbers that change from poll to poll
-    since: float = 0.0  # time.monotonic() since when a card has had this health
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +202,7 @@ class Card:
     resource: str | None  # tenstorrent.com/n150; None: not offered, the verdict says why
     chips: tuple[Chip, ...]  # one, or the two of a p300, ordered by PCI address; as last seen
     verdict: Verdict
+    since: float = 0.0  # time.monotonic() since when it has had this health
 
     @property
     def numa_nodes(self) -> list[int]:
@@ -565,10 +565,8 @@ def next_snapshot(
     cards = [make_card(group, offered.get(card_id), settings) for card_id, group in groups.items()]
     gone = make_verdict("gone")
     cards += [replace(card, verdict=gone) for card in offered.values() if card.id not in groups]
-    before = {(card.id, card.verdict.health): card.verdict.since for card in old.cards}
-    for i, card in enumerate(cards):
-        since = before.get((card.id, card.verdict.health), now)
-        cards[i] = replace(card, verdict=replace(card.verdict, since=since))
+    since = {(card.id, card.verdict.health): card.since for card in old.cards}
+    cards = [replace(c, since=since.get((c.id, c.verdict.health), now)) for c in cards]
     cards.sort(key=lambda card: (not card.resource, card.resource or "", card.chips[0].pci))
     return replace(old, cards=tuple(cards), polled=True)
 
@@ -785,7 +783,7 @@ def utc(moment: float) -> str:
 def find_problem(discovery: Discovery, card: Card) -> str:
     """Why no container may have `card` now; "" if one may."""
     if card.verdict.health != HEALTHY:
-        return f"not healthy since {utc(card.verdict.since)}: {card.verdict.reason}"
+        return f"not healthy since {utc(card.since)}: {card.verdict.reason}"
     for chip in card.chips:
         # The snapshot may be a poll old, and a chip that is probed takes the lowest N at once.
         there = discovery.chip_at(chip.index)
@@ -1416,8 +1414,8 @@ def log_changes(settings: Settings, old: Snapshot, new: Snapshot) -> None:
         elif verdict.health == UNHEALTHY:
             level, text = logging.ERROR, "is Unhealthy"
         elif last and last.resource and last.verdict.health == UNHEALTHY:
-            text = f"is Healthy again, after {verdict.since - last.verdict.since:.0f} s"
-        extra = {"card": card.id, "resource": card.resource, "since": utc(verdict.since)}
+            text = f"is Healthy again, after {card.since - last.since:.0f} s"
+        extra = {"card": card.id, "resource": card.resource, "since": utc(card.since)}
         reason = f": {verdict.reason}" if verdict.reason else ""
         log.log(level, "%s %s%s", card, text, reason, extra=extra | {"reason": verdict.reason})
     chips = {chip.pci for card in new.cards for chip in card.chips}
