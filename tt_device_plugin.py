@@ -521,8 +521,7 @@ def judge_card(members: Sequence[Judged], away: Sequence[Chip]) -> Verdict:
         return make_verdict("half", here=here, missing=missing)
     if len(members) > wanted:
         return make_verdict("same-id", here=here)
-    order = (HEALTHY, PENDING, UNHEALTHY)
-    chip, worst = max(members, key=lambda each: (order.index(each[1].health), each[1].reason))
+    chip, worst = max(members, key=lambda each: (each[1].health == UNHEALTHY, each[1].reason))
     if wanted > 1 and worst.reason:
         worst = replace(worst, reason=f"chip {chip.pci}: {worst.reason}")
     return worst
