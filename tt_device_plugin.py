@@ -477,11 +477,8 @@ class HealthHistory:
         # Of a chip that goes, the driver takes the files first (tt-kmd enumerate.c, 2.7.0).
         if not kind and reading.heartbeat is None and self.heartbeat is not None:
             kind = "gone"
-        fine = kind in ("", *HARMLESS)
-        if fine and chip.unknown:
-            kind = chip.unknown
-        elif fine and self.recovery_beats:
-            kind = self.failure
+        if kind in ("", *HARMLESS):
+            kind = chip.unknown or (self.failure if self.recovery_beats else kind)
         if kind == "pending" and now - self.appeared > TELEMETRY_S:
             kind = "no-telemetry"
         return make_verdict(kind, chip=chip, detail=reading.detail) if kind else Verdict()
