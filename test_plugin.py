@@ -1685,7 +1685,7 @@ class Acme:
         made: Any = self
         self.inventory = tt.Inventory(tt.Settings(resource_domain="x.org", poll_seconds=0.0), made)
 
-    def pci_functions(self, known: object) -> list[tt.Chip]:
+    def pci_functions(self, known: object) -> list[tuple[tt.Chip, str]]:
         return []
 
     def chips(self) -> list[tt.Chip]:

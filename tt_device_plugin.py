@@ -134,7 +134,6 @@ class Chip:
     index: int = -1  # N of /dev/tenstorrent/N, another one after a reset; -1: no class device
     inode: int = 0  # of the class device's folder in sysfs: a chip that was probed anew has another
     pci_path: tuple[str, ...] = ()  # root bus and bridges above it, outermost first
-    driver: str = ""  # PCI driver, asked only where there is no class device
     dev: str = ""  # "major:minor" of the device node
     arch: str = ""  # wormhole, blackhole
     card_type: str = ""  # n150, p300a, unknown (to the driver); "" without telemetry
@@ -333,9 +332,10 @@ class Discovery:
                 return Chip(pci, index, os.stat(folder).st_ino, tuple(above))
         return None
 
-    def pci_functions(self, known: set[str]) -> list[Chip]:
-        """Tenstorrent's PCI functions but those at `known` addresses. Raises OSError."""
-        folder, addresses, chips = f"{self.sysfs}/bus/pci/devices", list[str](), list[Chip]()
+    def pci_functions(self, known: set[str]) -> Iterable[tuple[Chip, str]]:
+        """Tenstorrent's PCI functions but those at `known` addresses, each with its PCI driver's
+        name, or "none". Raises OSError."""
+        folder, addresses = f"{self.sysfs}/bus/pci/devices", list[str]()
         with contextlib.suppress(FileNotFoundError):
             addresses = os.listdir(folder)
         before, self._vendors = self._vendors, {}
@@ -344,9 +344,7 @@ class Discovery:
             if vendor == VENDOR and pci not in known:
                 arch = ARCHITECTURES.get(attribute(f"{folder}/{pci}/device"), "")
                 link = Path(folder, pci, "driver")
-                driver = link.resolve().name if link.exists() else "none"
-                chips.append(Chip(pci, arch=arch, driver=driver))
-        return chips
+                yield Chip(pci, arch=arch), link.resolve().name if link.exists() else "none"
 
     def read(self, chip: Chip) -> tuple[Chip, Reading]:
         """What a chip is, as far as that was not known, and how it is. May hang with the driver."""
@@ -444,7 +442,7 @@ REASONS = {
     "tt-smi -r, and look for both in lspci -d 1e52:",
     "same-id": "more chips than a card has claim this ID: {here}. Update their firmware, or take "
     "one of these cards out",
-    "no-driver": "it has no device node: its PCI driver is {chip.driver}, not tenstorrent; see "
+    "no-driver": "it has no device node: its PCI driver is {driver}, not tenstorrent; see "
     "dmesg if it should be",
 }
 # Kinds that keep a card off the list if it was not on it, and the kind that is Healthy, with
@@ -660,10 +658,10 @@ class Inventory:
             while waits and not reader.idle.wait(0.05):
                 waits -= 1
         judged = [reader.judge(now) for reader in self.readers.values()]
-        for chip in self.discovery.pci_functions({chip.pci for chip, _ in judged}):
+        for chip, driver in self.discovery.pci_functions({chip.pci for chip, _ in judged}):
             # The driver is bound a moment before it has made the class device.
-            kind = "pending" if chip.driver == "tenstorrent" else "no-driver"
-            judged.append((chip, make_verdict(kind, chip=chip)))
+            kind = "pending" if driver == "tenstorrent" else "no-driver"
+            judged.append((chip, make_verdict(kind, driver=driver)))
         old = replace(self.snapshot, driver=self.discovery.driver_version())
         self._publish(next_snapshot(old, judged, self.settings, now))
         return self.snapshot
