@@ -145,7 +145,7 @@ class Chip:
     unknown: str = "pending"  # why nobody knows which card this is: a key of REASONS; "" if known
 
     @property
-    def class_device(self) -> ClassDevice:
+    def class_device(self) -> tuple[int, int, str]:
         """What tells its class device from all others."""
         return self.index, self.inode, self.pci
 
@@ -170,9 +170,6 @@ class Chip:
         if self.unknown:
             return self.pci
         return f"p300-{self.serial}" if self.card_type.startswith("p300") else self.id
-
-
-ClassDevice = tuple[int, int, str]  # its N, its folder's inode number, and the PCI address
 
 
 class Reading(NamedTuple):
@@ -624,7 +621,7 @@ class Inventory:
         self.snapshot = Snapshot()
         self.changed = asyncio.Event()  # set at the next change of the cards, then replaced
         self.on_snapshot: list[Callable[[Snapshot, Snapshot], object]] = []  # after each poll
-        self.readers: dict[ClassDevice, ChipReader] = {}
+        self.readers: dict[tuple[int, int, str], ChipReader] = {}  # by Chip.class_device
         self.failure = LogOnChange()  # why the last poll failed
         self.polled_at = time.monotonic()  # when the last poll that did not fail ended
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -918,8 +915,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
             allocated |= paths
         self.shared.allocated |= allocated
         self.shared.count("allocations_total", len(containers), resource=self.resource)
-        text, extra = ", ".join(map(str, given)), {"resource": self.resource}
-        log.info("allocated %s", text, extra=extra)
+        log.info("allocated %s", ", ".join(map(str, given)), extra={"resource": self.resource})
         return answer
 
     @refusing
