@@ -647,7 +647,11 @@ class Inventory:
         """One pass: find the chips, read, judge, publish. Returns the snapshot, after 2 s and a
         little more at most. Raises OSError for what is no chip's fault, such as a lack of file
         descriptors."""
-        self._find_chips()
+        found = {chip.class_device: chip for chip in self.discovery.chips()}
+        for each in self.readers.keys() - found.keys():
+            self.readers.pop(each).end()
+        for each in found.keys() - self.readers.keys():
+            self.readers[each] = ChipReader(self.discovery, found[each])
         asked = [reader for reader in self.readers.values() if reader.ask()]
         waits = round(READ_S / 0.05)
         for reader in asked:
@@ -662,15 +666,6 @@ class Inventory:
         old = replace(self.snapshot, driver=self.discovery.driver_version())
         self._publish(next_snapshot(old, judged, self.settings, now))
         return self.snapshot
-
-    def _find_chips(self) -> None:
-        """Updates the readers, one for each class device."""
-        before = set(self.readers)
-        found = {chip.class_device: chip for chip in self.discovery.chips()}
-        for each in before - found.keys():
-            self.readers.pop(each).end()
-        for each in found.keys() - before:
-            self.readers[each] = ChipReader(self.discovery, found[each])
 
     def _publish(self, new: Snapshot) -> None:
         with self._lock:
