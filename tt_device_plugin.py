@@ -848,35 +848,31 @@ def refusing(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
 class DevicePlugin(rpc.DevicePluginServicer):
     """The service of one resource for one registration.
 
-    `opened` and `ended` are set by the first ListAndWatch stream. That is the kubelet's: it opens
-    one for each Register, and nobody else knows this socket's name yet.
+    `stream` is the task of the first ListAndWatch stream, and done when that has ended. It is the
+    kubelet's: it opens one for each Register, and nobody else knows this socket's name yet.
     """
 
     def __init__(self, shared: Shared, resource: str) -> None:
         self.shared, self.resource, self.inventory = shared, resource, shared.inventory
-        self.opened, self.ended = asyncio.Event(), asyncio.Event()
+        self.stream: asyncio.Task[Any] | None = None  # gRPC runs each call in a task of its own
         self.closing = False  # set to end all streams
 
     async def GetDevicePluginOptions(self, request: Any, context: Any) -> api.DevicePluginOptions:
         """The same options as in Register."""
         return OPTIONS
 
-    # A coroutine that writes, not a generator: its `finally` runs as soon as the call is cancelled.
+    # A coroutine that writes, not a generator: it ends as soon as the call is cancelled, because
+    # the kubelet has ended or has dropped this stream.
     async def ListAndWatch(self, request: Any, context: Any) -> None:  # type: ignore[override]
         """The list at once, and again when it differs from what *this* stream has sent last."""
-        first, sent = not self.opened.is_set(), None
-        self.opened.set()
-        try:
-            while not self.closing:
-                changed = self.inventory.changed  # taken first: what comes after the look counts
-                devices = device_list(self.inventory.snapshot, self.resource)
-                if devices != sent:
-                    await context.write(sent := devices)
-                else:
-                    await changed.wait()
-        finally:  # also when it is cancelled: the kubelet has ended, or has dropped this stream
-            if first:
-                self.ended.set()
+        self.stream, sent = self.stream or asyncio.current_task(), None
+        while not self.closing:
+            changed = self.inventory.changed  # taken first: what comes after the look counts
+            devices = device_list(self.inventory.snapshot, self.resource)
+            if devices != sent:
+                await context.write(sent := devices)
+            else:
+                await changed.wait()
 
     @refusing
     def GetPreferredAllocation(self, request: Any) -> api.PreferredAllocationResponse:
@@ -1100,17 +1096,19 @@ class Registrar:
         self.folder = shared.inventory.settings.plugin_dir
         self.kubelet = self.folder / "kubelet.sock"
         self.lock = InstanceLock(self.folder)
-        self._registered: set[str] = set()
+        self._streams: dict[str, asyncio.Task[Any]] = {}  # resource -> the newest one's task
         self._waiting = LogOnChange()  # for the folder, another instance's end, or a kubelet
         self._refused: dict[str, LogOnChange] = {}  # resource -> why it was not registered
 
     def registration_status(self) -> dict[str, str]:
         """Resource -> "" if it is registered, else why not. Callable in any thread."""
         status = dict.fromkeys(self.inventory.snapshot.resources, "")
-        for resource in status.keys() - self._registered:
-            refused = self._refused[resource].problem if resource in self._refused else ""
-            why = self._waiting.problem or refused
-            status[resource] = why or "waiting for the kubelet's answer"
+        for resource in status:
+            stream = self._streams.get(resource)
+            if not stream or stream.done():
+                refused = self._refused[resource].problem if resource in self._refused else ""
+                why = self._waiting.problem or refused
+                status[resource] = why or "waiting for the kubelet's answer"
         return status
 
     async def run(self) -> None:
@@ -1185,7 +1183,7 @@ class Registrar:
                 answer = f"{error.code().name}: {error.details()}"
                 return "register-failed", f"the kubelet has not registered it: {answer}"
             until = time.monotonic() + STREAM_S
-            while not plugin.opened.is_set():
+            while not plugin.stream:
                 # A kubelet that has just ended leaves no stream whose end would tell.
                 if file_id(self.kubelet) != kubelet:
                     return "no-stream", "the kubelet has accepted it, but has ended since"
@@ -1196,13 +1194,10 @@ class Registrar:
             cards = self.inventory.snapshot.of(resource).values()
             healthy = sum(card.verdict.health == HEALTHY for card in cards)
             self.shared.count("registrations_total", resource=resource, cause=cause)
-            self._registered.add(resource)
+            self._streams[resource] = plugin.stream
             text = "registered %s with the kubelet: %d cards, %d healthy; socket %s; cause: %s"
             log.info(text, resource, len(cards), healthy, endpoint, cause, extra=extra)
-            try:
-                await plugin.ended.wait()
-            finally:
-                self._registered.discard(resource)
+            await asyncio.wait([plugin.stream])
             text = "the kubelet's stream of %s has ended: registering again"
             log.warning(text, resource, extra=extra)
         return "stream-ended", ""
