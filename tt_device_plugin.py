@@ -977,7 +977,9 @@ class InstanceLock:
         """An empty text if the lock is held now, else what it waits for. Raises CannotWork."""
         problem = standby_reason = ""
         try:
-            if not self._still_held():
+            there = os.stat(self.folder)
+            # A folder that was made anew is another one, and to be locked again.
+            if not self.held or not os.path.samestat(there, os.fstat(self._fd)):
                 self.release()
                 self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 if not os.access(self.folder, os.W_OK | os.X_OK, effective_ids=True):
@@ -985,6 +987,9 @@ class InstanceLock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.held = True
                 self._remove_stale_sockets()
+            elif not there.st_nlink:
+                reason = "was deleted on the host, and a mount shows the deleted one: start again"
+                raise CannotWork(f"{self.folder} {reason}")
         except FileNotFoundError:
             problem = f"{self.folder} is not there yet: waiting for a kubelet that makes it"
         except BlockingIOError:
@@ -1005,16 +1010,6 @@ class InstanceLock:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self.held = -1, False
-
-    def _still_held(self) -> bool:
-        # A folder that was made anew is another one, and to be locked again.
-        there = os.stat(self.folder)
-        if not self.held or not os.path.samestat(there, os.fstat(self._fd)):
-            return False
-        if not there.st_nlink:
-            reason = "was deleted on the host, and a mount shows the deleted one: start again"
-            raise CannotWork(f"{self.folder} {reason}")
-        return True
 
     def _remove_stale_sockets(self) -> None:
         for path in self.folder.glob(SOCKET.format(model="?*", token="[0-9a-f]" * 6)):
