@@ -375,10 +375,9 @@ class Discovery:
         unpaired = card_type.startswith("p300") and (serial or "")[8:] in ("", "0" * 8)
         nonsense = asic_id is None or (card_type == "unknown" and serial is None)
         unknown = "unidentified" if nonsense or unpaired or not arch else ""
-        chip = replace(chip, arch=arch, card_type=card_type, asic_id=asic_id or "")
-        chip = replace(chip, serial=serial or "", dev=dev, iommu=iommu)
-        chip = replace(chip, numa_node=int(numa) if numa else None)
-        return replace(chip, unknown=unknown if card_type and dev else "pending")
+        chip = replace(chip, arch=arch, card_type=card_type, asic_id=asic_id or "", dev=dev)
+        chip = replace(chip, serial=serial or "", numa_node=int(numa) if numa else None)
+        return replace(chip, iommu=iommu, unknown=unknown if card_type and dev else "pending")
 
     def read_health(self, chip: Chip) -> Reading:
         """One look at a chip's heartbeat and device node.
@@ -1118,10 +1117,9 @@ class Registrar:
                     await cancel_and_wait([tasks.pop(resource)])
                 # Under "", which is no resource: the line above ends it in the next round.
                 tasks[""] = asyncio.create_task(changed.wait())
-                await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
-                for task in tasks.values():
-                    if task.done():
-                        task.result()  # raises what has ended it
+                done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # raises what has ended it
         finally:
             await cancel_and_wait(tasks.values())
 
@@ -1198,8 +1196,7 @@ class Registrar:
         return "stream-ended", ""
 
     async def _register(self, resource: str, endpoint: str) -> None:
-        request = api.RegisterRequest(version="v1beta1", endpoint=endpoint)
-        request.resource_name = resource
+        request = api.RegisterRequest(version="v1beta1", endpoint=endpoint, resource_name=resource)
         request.options.CopyFrom(OPTIONS)
         # A pool of its own: the shared one remembers a failed dial, and delays the next by 1 s.
         options = [("grpc.use_local_subchannel_pool", 1)]
