@@ -466,23 +466,14 @@ class HealthHistory:
 
     def update(self, chip: Chip, reading: Reading, now: float) -> Verdict:
         """Takes in one reading, and says what it means."""
-        self._observe(reading, now)
         kind = reading.fault
-        # Of a chip that goes, the driver takes the files first (tt-kmd enumerate.c, 2.7.0).
-        if not kind and reading.heartbeat is None and self.heartbeat is not None:
-            kind = "gone"
-        if kind in ("", *HARMLESS):
-            kind = chip.unknown or (self.failure if self.recovery_beats else kind)
-        if kind == "pending" and now - self.appeared > TELEMETRY_S:
-            kind = "no-telemetry"
-        return make_verdict(kind, chip=chip, detail=reading.detail) if kind else Verdict()
-
-    def _observe(self, reading: Reading, now: float) -> None:
-        if reading.fault in ("resetting", "bus-dead"):
+        if kind in ("resetting", "bus-dead"):
             # Without the old heartbeat: the first one after a reset differs, and proves nothing.
-            self.failure, self.recovery_beats, self.heartbeat = reading.fault, 1, None
-        elif reading.heartbeat is None:
-            return  # a driver before 2.7 or firmware that has none, or it was not read
+            self.failure, self.recovery_beats, self.heartbeat = kind, 1, None
+        elif reading.heartbeat is None:  # a driver before 2.7 or firmware has none, or not read
+            # Of a chip that goes, the driver takes the files first (tt-kmd enumerate.c, 2.7.0).
+            if not kind and self.heartbeat is not None:
+                kind = "gone"
         elif reading.heartbeat != self.heartbeat:
             if self.heartbeat is not None:
                 self.recovery_beats = max(0, self.recovery_beats - 1)
@@ -492,6 +483,11 @@ class HealthHistory:
             if self.equal_reads >= HEARTBEAT_READS and now - self.changed_at > HEARTBEAT_S:
                 # Two: one alone could be the last of a dying chip.
                 self.failure, self.recovery_beats = "hung", 2
+        if kind in ("", *HARMLESS):
+            kind = chip.unknown or (self.failure if self.recovery_beats else kind)
+        if kind == "pending" and now - self.appeared > TELEMETRY_S:
+            kind = "no-telemetry"
+        return make_verdict(kind, chip=chip, detail=reading.detail) if kind else Verdict()
 
 
 # ==== 5. Cards: chips -> cards -> the next snapshot; the polling thread, which wakes the streams ==
