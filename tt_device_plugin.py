@@ -107,17 +107,16 @@ class CannotWork(Exception):
 class LogOnChange:
     """A lasting problem, logged when it changes and not each time that it is found again."""
 
-    def __init__(self, about: str = "") -> None:
-        self.about = about  # what each line begins with
-        self.problem = ""  # "" while there is none
+    problem = ""  # "" while there is none
 
-    def set(self, problem: str, cleared: str = "") -> None:
-        """Logs `problem` once when it appears or changes, and `cleared` once when it clears."""
+    def set(self, problem: str, cleared: str = "", about: str = "") -> None:
+        """Logs `problem` once when it appears or changes, and `cleared` once when it clears. Each
+        line begins with `about`."""
         before, self.problem = self.problem, problem
         if problem and problem != before:
-            log.warning("%s%s", self.about, problem)
+            log.warning("%s%s", about, problem)
         elif before and not problem and cleared:
-            log.info("%s%s", self.about, cleared)
+            log.info("%s%s", about, cleared)
 
 
 # ==== 2. Records: what was read, what follows from it, and what everybody else sees ===============
@@ -1121,7 +1120,7 @@ class Registrar:
 
     async def run_resource(self, resource: str) -> None:
         """The loop. Whatever ends one registration, the next follows. Raises CannotWork."""
-        refused = self._refused[resource] = LogOnChange(f"{resource}: ")
+        refused = self._refused[resource] = LogOnChange()
         kubelet, tries, cause, problem = None, 0, "start", ""
         while True:
             backoff = min(FAILED_S if problem else DROPPED_S, 0.002 * 2**tries) if tries else 0.0
@@ -1137,7 +1136,7 @@ class Registrar:
                 cause, problem = "defect", repr(error)
             lasted = not problem and time.monotonic() - began > 1
             tries = 0 if lasted else min(tries + 1, 20)
-            refused.set(f"{problem}; trying again" if problem else "")
+            refused.set(f"{problem}; trying again" if problem else "", about=f"{resource}: ")
 
     async def wait_for_kubelet(self, last: FileId | None, backoff: float) -> FileId:
         """Returns once this instance holds the lock and a kubelet listens: which one. The `last`
