@@ -585,10 +585,8 @@ class ChipReader:
 
     def judge(self, now: float) -> Judged:
         """The chip, and what its newest reading means, or that there is none."""
-        hangs = not self.idle.is_set()
-        chip, reading = self.newest
-        if hangs:
-            reading = Reading(fault="read-hangs")
+        reading = self.newest[1] if self.idle.is_set() else Reading(fault="read-hangs")
+        chip, _ = self.newest
         return chip, self.history.update(chip, reading, now)
 
     def end(self) -> None:
