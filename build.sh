@@ -34,7 +34,7 @@
 
 set -euo pipefail
 
-TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+TOP=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TOOLS=$TOP/tools
 BUILD=$TOP/build
 DIST=$TOP/dist
@@ -233,7 +233,7 @@ run() {
 
 # ---- The image ----
 
-# What is in the universal file, laid out as a folder: that starts fastest.
+# What is in the universal file, laid out as a folder: that starts fastest. $BUILDPLATFORM needs BuildKit.
 image() { # [NAME]
     [[ $# -le 1 ]] || die -2 "image takes one name, not '$*'"
     local tool name=${1:-tt-device-plugin:$(version)} context=$BUILD/image as
@@ -249,9 +249,10 @@ image() { # [NAME]
         "$tool" manifest rm "$name" >/dev/null 2>&1 || true
         as=(--manifest "$name")
     fi
-    "$tool" build --platform "$platforms" "${as[@]}" --file - "$context" <<EOF
+    DOCKER_BUILDKIT=1 "$tool" build --platform "$platforms" "${as[@]}" --file - "$context" <<EOF
 FROM --platform=\$BUILDPLATFORM $base AS layout
 ARG TARGETARCH
+USER 0
 COPY . /context
 RUN ["python3", "/context/layout.py", "/context/tt-device-plugin-universal.pyz", "/layout"]
 FROM $base

@@ -106,7 +106,7 @@ def add_bytecode(entries: dict[str, bytes]) -> None:
     """Adds the bytecode of each Python file but the first, for the Python that runs this."""
     for name in sorted(entries):
         if name.endswith(".py") and name != "__main__.py":
-            code = compile(entries[name], name, "exec", dont_inherit=True)
+            code = compile(entries[name], name, "exec", dont_inherit=True, optimize=0)
             header = UNCHECKED_HASH + importlib.util.source_hash(entries[name])
             # Version 2: later ones mark what is referred to twice, which differs from run to run.
             entries[name + "c"] = importlib.util.MAGIC_NUMBER + header + marshal.dumps(code, 2)

@@ -91,7 +91,8 @@ class NativeModules:
 
 
 sys.meta_path.insert(0, NativeModules("grpc._cython.cygrpc", "google._upb._message"))
-sys.modules.pop("google", None)  # a node's other packages may have claimed that name at the start
+for name in [each for each in sys.modules if each.partition(".")[0] == "google"]:
+    del sys.modules[name]  # a node's other packages may have claimed that name at the start
 
 try:
     from tt_device_plugin import main
