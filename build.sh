@@ -233,7 +233,7 @@ run() {
 
 # ---- The image ----
 
-# What is in the universal file, laid out as a folder: that starts fastest. $BUILDPLATFORM needs BuildKit.
+# What is in the universal file, as a folder: that starts fastest. $BUILDPLATFORM needs BuildKit.
 image() { # [NAME]
     [[ $# -le 1 ]] || die -2 "image takes one name, not '$*'"
     local tool name=${1:-tt-device-plugin:$(version)} context=$BUILD/image as
