@@ -697,9 +697,6 @@ class Inventory:
 HUGEPAGES = "/dev/hugepages-1G"  # where tt-umd hugepage.cpp insists on 1 GiB pages in a container
 # Announced twice: kubelet 1.20 takes them from Register, 1.32 from GetDevicePluginOptions.
 OPTIONS = api.DevicePluginOptions(pre_start_required=True, get_preferred_allocation_available=True)
-# (cards by ID, available IDs, IDs that it must have, size) -> the IDs that suit best
-Choose = Callable[[Mapping[str, Card], Sequence[str], Sequence[str], int], list[str]]
-CdiNames = Callable[[Sequence[Card]], list[str]]  # [] if not all of the cards have one
 
 
 class Refusal(Exception):
@@ -711,8 +708,9 @@ class Shared:
     """What all registrations of all resources share. Only the event loop writes to it."""
 
     inventory: Inventory
-    choose: Choose
-    cdi_names: CdiNames
+    # (cards by ID, available IDs, IDs that it must have, size) -> the IDs that suit best
+    choose: Callable[[Mapping[str, Card], Sequence[str], Sequence[str], int], list[str]]
+    cdi_names: Callable[[Sequence[Card]], list[str]]  # [] if not all of the cards have one
     counts: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     allocated: dict[str, list[str]] = field(default_factory=dict)  # card ID -> its host paths then
 
