@@ -1009,16 +1009,13 @@ class InstanceLock:
                     log.info("removed %s: left behind by an instance that was killed", path.name)
 
 
-FileId = tuple[int, int, int]
-
-
-def file_id(path: Path) -> FileId | None:
-    """Device, inode and time of change of a file: the next kubelet's socket has others. None if
-    there is no such file. Raises OSError."""
+def file_id(path: Path) -> str:
+    """Device, inode and time of change of a file: the next kubelet's socket has others. "" if there
+    is no such file. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         status = os.stat(path)
-        return status.st_dev, status.st_ino, status.st_mtime_ns
-    return None
+        return f"{status.st_dev} {status.st_ino} {status.st_mtime_ns}"
+    return ""
 
 
 async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -1117,7 +1114,7 @@ class Registrar:
     async def run_resource(self, resource: str) -> None:
         """The loop. Whatever ends one registration, the next follows. Raises CannotWork."""
         refused = self._refused[resource] = LogOnChange()
-        kubelet, tries, cause, problem = None, 0, "start", ""
+        kubelet, cause, problem, tries = "", "start", "", 0
         while True:
             backoff = min(FAILED_S if problem else DROPPED_S, 0.002 * 2**tries) if tries else 0.0
             last, kubelet = kubelet, await self.wait_for_kubelet(kubelet, backoff)
@@ -1134,16 +1131,16 @@ class Registrar:
             tries = 0 if lasted else min(tries + 1, 20)
             refused.set(f"{problem}; trying again" if problem else "", about=f"{resource}: ")
 
-    async def wait_for_kubelet(self, last: FileId | None, backoff: float) -> FileId:
-        """Returns once this instance holds the lock and a kubelet listens: which one. The `last`
-        one is left alone for `backoff` seconds. Raises CannotWork."""
+    async def wait_for_kubelet(self, last: str, backoff: float) -> str:
+        """Returns once this instance holds the lock and a kubelet listens: the file_id of its
+        socket. The `last` one is left alone for `backoff` seconds. Raises CannotWork."""
         until, pause = time.monotonic() + backoff, min(backoff, PACE_S)
         while True:
             await asyncio.sleep(pause)
             pause = PACE_S
             problem = self.lock.try_acquire()
             try:
-                kubelet = None if problem else file_id(self.kubelet)
+                kubelet = "" if problem else file_id(self.kubelet)
                 if kubelet and kubelet == last and time.monotonic() < until:
                     continue
                 if kubelet and accepts_connections(self.kubelet):
@@ -1154,7 +1151,7 @@ class Registrar:
             except OSError as error:
                 self._waiting.set(f"cannot reach the kubelet at {self.kubelet}: {error.strerror}")
 
-    async def register_once(self, resource: str, kubelet: FileId, cause: str) -> tuple[str, str]:
+    async def register_once(self, resource: str, kubelet: str, cause: str) -> tuple[str, str]:
         """One registration, from its socket to the end of its stream. `cause`: what ended the last
         one. Returns what ended this one, and what was wrong, or "". Raises OSError."""
         plugin, extra = DevicePlugin(self.shared, resource), {"resource": resource, "reason": cause}
