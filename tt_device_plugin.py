@@ -1088,8 +1088,7 @@ class Registrar:
         for resource in status:
             stream = self._streams.get(resource)
             if not stream or stream.done():
-                refused = self._refused[resource].problem if resource in self._refused else ""
-                why = self._waiting.problem or refused
+                why = self._waiting.problem or self._refused.get(resource, LogOnChange()).problem
                 status[resource] = why or "waiting for the kubelet's answer"
         return status
 
@@ -1134,22 +1133,21 @@ class Registrar:
     async def wait_for_kubelet(self, last: str, backoff: float) -> str:
         """Returns once this instance holds the lock and a kubelet listens: the file_id of its
         socket. The `last` one is left alone for `backoff` seconds. Raises CannotWork."""
-        until, pause = time.monotonic() + backoff, min(backoff, PACE_S)
+        until = time.monotonic() + backoff
+        await asyncio.sleep(min(backoff, PACE_S))
         while True:
-            await asyncio.sleep(pause)
-            pause = PACE_S
             problem = self.lock.try_acquire()
             try:
                 kubelet = "" if problem else file_id(self.kubelet)
-                if kubelet and kubelet == last and time.monotonic() < until:
-                    continue
-                if kubelet and accepts_connections(self.kubelet):
-                    self._waiting.set("", f"a kubelet answers at {self.kubelet}")
-                    return kubelet
-                waiting = f"no kubelet listens at {self.kubelet}: waiting for it to start"
-                self._waiting.set(problem or waiting)
+                if kubelet != last or time.monotonic() >= until:
+                    if kubelet and accepts_connections(self.kubelet):
+                        self._waiting.set("", f"a kubelet answers at {self.kubelet}")
+                        return kubelet
+                    waiting = f"no kubelet listens at {self.kubelet}: waiting for it to start"
+                    self._waiting.set(problem or waiting)
             except OSError as error:
                 self._waiting.set(f"cannot reach the kubelet at {self.kubelet}: {error.strerror}")
+            await asyncio.sleep(PACE_S)
 
     async def register_once(self, resource: str, kubelet: str, cause: str) -> tuple[str, str]:
         """One registration, from its socket to the end of its stream. `cause`: what ended the last
