@@ -826,11 +826,10 @@ def refusing(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
         try:
             return call(self, request)
         except Refusal as refusal:
-            (code, sentence), name, resource = refusal.args, call.__name__, self.resource
+            (code, why), name, resource = refusal.args, call.__name__, self.resource
             self.shared.count("refusals_total", resource=resource, call=name, code=code)
-            extra = {"resource": resource}
-            log.warning("%s of %s refused: %s", name, resource, sentence, extra=extra)
-            return await context.abort(StatusCode[code], sentence)
+            log.warning("%s of %s refused: %s", name, resource, why, extra={"resource": resource})
+            return await context.abort(StatusCode[code], why)
 
     return method
 
