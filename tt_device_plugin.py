@@ -160,12 +160,9 @@ class Chip:
 
     @property
     def card_id(self) -> str:
-        """The ID of the card that this chip is part of: a function of the chip's hardware alone.
-
-        The kubelet remembers IDs across restarts of the plugin. A chip that went by one ID now and
-        by another later would be given to two Pods. A chip that is not known has its PCI address
-        here, to be listed by, and is not offered.
-        """
+        """The ID of the card that it is part of, from the chip's hardware alone: the kubelet
+        remembers IDs across restarts of the plugin, and a chip that went by another one later would
+        be given to two Pods. One that is not known is listed by its PCI address, not offered."""
         if self.unknown:
             return self.pci
         return f"p300-{self.serial}" if self.card_type.startswith("p300") else self.id
@@ -248,9 +245,7 @@ CARD_TYPE = r"[a-z0-9]([-a-z0-9.]{0,14}[a-z0-9])?"  # fits into the name of a re
 
 def read_attribute(path: str) -> str:
     """The text of a sysfs attribute, stripped; bytes that are no ASCII become '?'. Raises OSError.
-
-    Blocks for as long as the driver does: files that the driver fills are for a ChipReader alone.
-    """
+    Blocks as long as the driver does: files that it fills are for a ChipReader alone."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # A sysfs attribute holds at most one page (Linux Documentation/filesystems/sysfs.rst).
@@ -287,10 +282,8 @@ def is_device_node(path: str, dev: str) -> bool:
 
 
 class Discovery:
-    """All that the plugin knows of where Tenstorrent's chips are and what they say.
-
-    README's "For another vendor's card" lists what else is Tenstorrent's own.
-    """
+    """All that the plugin knows of where Tenstorrent's chips are and what they say. README's "For
+    another vendor's card" lists what else is Tenstorrent's own."""
 
     def __init__(self, settings: Settings) -> None:
         self.sysfs = str(settings.sysfs_root)
@@ -315,11 +308,9 @@ class Discovery:
         return [chip for chip in chips if chip]
 
     def chip_at(self, index: int) -> Chip | None:
-        """The chip that is N now, as far as links tell, which never hang; None without one.
-
-        In sysfs the inode number tells one class device from the next. Time stamps do not: they are
-        made up when the folder comes into the cache.
-        """
+        """The chip that is N now, as far as links tell, which never hang; None without one. The
+        inode number tells one class device from the next in sysfs. Time stamps do not: they are
+        made up when the folder comes into the cache."""
         folder = self.folder(index)
         with contextlib.suppress(OSError):  # it has just vanished
             link = os.readlink(folder if os.path.islink(folder) else f"{folder}/device")
@@ -379,11 +370,9 @@ class Discovery:
         return replace(chip, iommu=iommu, unknown=unknown if card_type and dev else "pending")
 
     def read_health(self, chip: Chip) -> Reading:
-        """One look at a chip's heartbeat and device node.
-
-        A driver before 2.7 has no heartbeat, and could oops the kernel when read from while a chip
-        goes (tt-kmd a972eed): opening a file that is not there does not reach the driver.
-        """
+        """One look at a chip's heartbeat and device node. A driver before 2.7 has no heartbeat, and
+        could oops the kernel when read from while a chip goes (tt-kmd a972eed): opening a file that
+        is not there does not reach the driver."""
         heartbeat, fault, detail = None, "", ""
         try:
             text = read_attribute(f"{self.folder(chip.index)}/tt_heartbeat")
@@ -496,10 +485,8 @@ Judged = tuple[Chip, Verdict]
 
 
 def judge_card(members: Sequence[Judged], away: Sequence[Chip]) -> Verdict:
-    """A card's verdict from those of its chips. `away` are those that it had, and has no more.
-
-    Half a p300 is never offered: its chips would go by one ID alone and by another as a pair.
-    """
+    """A card's verdict from those of its chips. `away` are those that it had, and has no more. Half
+    a p300 is never offered: its chips would go by one ID alone and by another as a pair."""
     first, here = members[0][0], ", ".join(chip.pci for chip, _ in members)
     wanted = 2 if first.card_id.startswith("p300-") else 1
     if len(members) < wanted:
@@ -535,12 +522,10 @@ def make_card(members: Sequence[Judged], known: Card | None, settings: Settings)
 def next_snapshot(
     old: Snapshot, judged: Iterable[Judged], settings: Settings, now: float
 ) -> Snapshot:
-    """The snapshot that follows from the last one and one poll. `judged` may be in any order.
-
-    `now` is time.monotonic(). A card that was offered stays, also when it is gone: a Pod may still
-    hold it, and its container gets a reason when it restarts. Whether one does, the plugin cannot
-    know. So a card that was replaced stays until the plugin restarts.
-    """
+    """The snapshot that follows from the last one and one poll, with `judged` in any order, at
+    `now` of time.monotonic(). A card that was offered stays until the plugin restarts, also when it
+    is gone or was replaced: a Pod may still hold it, as far as the plugin knows, and its container
+    gets a reason when it restarts."""
     # A chip that is seen twice, as at the end of a reset (tt-kmd#112), counts with its higher N.
     by_pci = {each[0].pci: each for each in sorted(judged, key=lambda each: each[0].index)}
     groups: dict[str, list[Judged]] = {}
@@ -557,10 +542,8 @@ def next_snapshot(
 
 
 class ChipReader:
-    """A thread that reads one class device, when asked: a read that hangs holds up no other chip.
-
-    A chip that is probed anew gets another class device, so a new reader with an empty history.
-    """
+    """A thread that reads one class device, when asked: a read that hangs holds up no other chip. A
+    chip that is probed anew gets another class device, so a new reader with an empty history."""
 
     def __init__(self, discovery: Discovery, chip: Chip) -> None:
         self.newest = chip, Reading()  # as the last read that has returned found them
@@ -721,11 +704,9 @@ class Shared:
 
 
 def device_list(snapshot: Snapshot, resource: str) -> api.ListAndWatchResponse:
-    """What a ListAndWatch stream of `resource` should have sent last.
-
-    Topology for all cards or for none: where only some have it, the kubelet has no hint for two
-    (topology_hints.go). A NUMA node of -1 would make `single-numa-node` reject the Pod.
-    """
+    """What a ListAndWatch stream of `resource` should have sent last. Topology for all cards or for
+    none: where only some have it, the kubelet has no hint for two (topology_hints.go). A NUMA node
+    of -1 would make `single-numa-node` reject the Pod."""
     cards = snapshot.of(resource).values()
     known = all(card.numa_nodes for card in cards)
     answer = api.ListAndWatchResponse()
@@ -835,11 +816,9 @@ def refusing(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
 
 
 class DevicePlugin(rpc.DevicePluginServicer):
-    """The service of one resource for one registration.
-
-    `stream` is the task of the first ListAndWatch stream, and done when that has ended. It is the
-    kubelet's: it opens one for each Register, and nobody else knows this socket's name yet.
-    """
+    """The service of one resource for one registration. `stream` is the task of the first
+    ListAndWatch stream, and done when that has ended. It is the kubelet's: it opens one for each
+    Register, and nobody else knows this socket's name yet."""
 
     def __init__(self, shared: Shared, resource: str) -> None:
         self.shared, self.resource, self.inventory = shared, resource, shared.inventory
@@ -901,9 +880,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
     @refusing
     def PreStartContainer(self, request: Any) -> api.PreStartContainerResponse:
         """Refuses a card that is not healthy, or that has moved since the container's Allocate.
-
-        What an earlier instance allocated is not known: without by-id links, that is not noticed.
-        """
+        What an earlier instance allocated is not known: without by-id links, a move is missed."""
         for card in resolve_cards(self.inventory.snapshot, self.resource, request.devices_ids):
             paths = host_paths(self.inventory, card)
             promised = self.shared.allocated.get(card.id, paths)
@@ -952,11 +929,9 @@ def grpc_target(path: Path) -> str:
 
 
 class InstanceLock:
-    """One plugin per kubelet folder: an flock on the folder itself, which dies with its holder.
-
-    Not on a file in it: the folder is there on a full disk, nothing stale stays behind, and whoever
-    empties device-plugins does not take the lock away.
-    """
+    """One plugin per kubelet folder: an flock on the folder itself, which dies with its holder. Not
+    on a file in it: the folder is there on a full disk, nothing stale stays behind, and whoever
+    empties device-plugins does not take the lock away."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.held, self._fd = folder, False, -1
@@ -1043,11 +1018,9 @@ async def running(server: grpc.aio.Server) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def serving(plugin: DevicePlugin, folder: Path) -> AsyncIterator[str]:
-    """Serves `plugin` on a new socket in `folder`; gives its name. Raises OSError.
-
-    Each registration has a name of its own: whoever still knows an older one, such as an instance
-    that ends late, can neither remove this socket nor take it for its own.
-    """
+    """Serves `plugin` on a new socket in `folder`; gives its name. Raises OSError. Each
+    registration has a name of its own: whoever still knows an older one, such as an instance that
+    ends late, can neither remove this socket nor take it for its own."""
     model = plugin.resource.partition("/")[2]
     path = folder / SOCKET.format(model=model, token=os.urandom(3).hex())
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", REQUEST_BYTES)])
