@@ -546,7 +546,7 @@ class ChipReader:
     chip that is probed anew gets another class device, so a new reader with an empty history."""
 
     def __init__(self, discovery: Discovery, chip: Chip) -> None:
-        self.newest = chip, Reading()  # as the last read that has returned found them
+        self.chip, self.reading = chip, Reading()  # as the last read that has returned found them
         self.history = HealthHistory(time.monotonic())
         self.idle = threading.Event()  # cleared while a read is under way
         self.idle.set()
@@ -568,9 +568,8 @@ class ChipReader:
 
     def judge(self, now: float) -> Judged:
         """The chip, and what its newest reading means, or that there is none."""
-        reading = self.newest[1] if self.idle.is_set() else Reading(fault="read-hangs")
-        chip, _ = self.newest
-        return chip, self.history.update(chip, reading, now)
+        reading = self.reading if self.idle.is_set() else Reading(fault="read-hangs")
+        return self.chip, self.history.update(self.chip, reading, now)
 
     def end(self) -> None:
         """Lets the thread end, once its read has returned."""
@@ -578,13 +577,12 @@ class ChipReader:
 
     def _run(self, discovery: Discovery) -> None:
         while self._requests.get():
-            chip, _ = self.newest
             try:
-                self.newest = discovery.read(chip)
+                self.chip, self.reading = discovery.read(self.chip)
             except Exception as error:  # a defect costs this chip's readings, not all polls
-                if self.newest[1].detail != repr(error):  # once
-                    log.exception("chip %s cannot be read", chip.pci)
-                self.newest = chip, Reading(None, "unreadable", repr(error))
+                if self.reading.detail != repr(error):  # once
+                    log.exception("chip %s cannot be read", self.chip.pci)
+                self.reading = Reading(None, "unreadable", repr(error))
             self.idle.set()
 
 
