@@ -3,8 +3,7 @@
 
 What the kubelet expects of a device plugin, in five steps (README.md has the diagram):
 
-1. **Discover.** Find the cards of this node and judge their health: here by default once a second,
-   in sysfs.
+1. **Discover.** Find the cards of this node and judge their health; here once a second, in sysfs.
 2. **Register.** Serve the DevicePlugin service on a Unix socket beside the kubelet's own, and tell
    the kubelet the socket's name and the resource, such as `tenstorrent.com/n150`.
 3. **ListAndWatch.** The kubelet opens one stream and keeps it. Each message is the whole list. New
@@ -542,8 +541,7 @@ def next_snapshot(
 
 
 class ChipReader:
-    """A thread that reads one class device, when asked: a read that hangs holds up no other chip. A
-    chip that is probed anew gets another class device, so a new reader with an empty history."""
+    """A thread that reads one class device when asked: a read that hangs holds up no other chip."""
 
     def __init__(self, discovery: Discovery, chip: Chip) -> None:
         self.chip, self.reading = chip, Reading()  # as the last read that has returned found them
@@ -617,9 +615,8 @@ class Inventory:
         changed.set()
 
     def poll(self, now: float) -> Snapshot:
-        """One pass: find the chips, read, judge, publish. Returns the snapshot, after 2 s and a
-        little more at most. Raises OSError for what is no chip's fault, such as a lack of file
-        descriptors."""
+        """One pass: find the chips, read, judge, publish. Returns the snapshot, after 2 s and a bit
+        at most. Raises OSError for no chip's fault, such as a lack of file descriptors."""
         found = {chip.class_device: chip for chip in self.discovery.chips()}
         for each in self.readers.keys() - found.keys():
             self.readers.pop(each).end()
