@@ -228,7 +228,6 @@ class Snapshot:
 
 
 # ==== 3. Discovery: sysfs -> chips and readings ===================================================
-#
 # tt-kmd makes one class device a chip, /sys/class/tenstorrent/tenstorrent!N, with a link `device`
 # to the PCI function. The tt_* files in it appear when the chip's firmware has delivered its
 # telemetry: at once, up to two minutes later (Wormhole), or never. Driver and firmware decide which
@@ -391,7 +390,6 @@ class Discovery:
 
 
 # ==== 4. Health: what is remembered of a chip + a reading + now -> a verdict with its reason ======
-#
 # Judged anew at each poll, in both directions. README's table "Health" is the specification.
 
 # A heartbeat that stays equal for longer is a hung chip: the firmware's own watchdog takes 10 s
@@ -667,7 +665,6 @@ class Inventory:
 
 
 # ==== 6. The DevicePlugin service: five calls, each answered from the newest snapshot =============
-#
 # The kubelet sets no time limit on most of them, and a slow answer stalls the admission of every
 # Pod on the node. So no call opens a file or waits for a thread. They look at links, folders and
 # device nodes, which never reaches the driver.
@@ -888,7 +885,6 @@ class DevicePlugin(rpc.DevicePluginServicer):
 
 
 # ==== 7. Registration: serve, register, expect the stream, wait until it ends, and again, for ever
-#
 # The end of the stream is the signal because it comes in all cases. Some leave no trace in the file
 # system: a kubelet drops a stream and keeps running; or, up to 1.36, the end of an older stream of
 # the same resource disconnects the newer registration for good (handler.go).
