@@ -745,12 +745,10 @@ def find_problem(discovery: Discovery, card: Card) -> str:
 
 
 def host_paths(inventory: Inventory, card: Card) -> list[str]:
-    """The host path of each of a card's device nodes. Raises Refusal if it cannot be used now.
-
-    A link of /dev/tenstorrent/by-id is preferred where it leads to the same device. The kubelet
-    repeats this answer at each restart of the container, and the runtime resolves the link anew:
-    after a reset that gave the chip another N, the container has the right one (tt-kmd#170).
-    """
+    """The host path of each of a card's device nodes. Raises Refusal if it cannot be used now. A
+    link of /dev/tenstorrent/by-id is preferred where it leads to the same device: the kubelet
+    repeats this answer at each restart of the container, and the runtime resolves the link anew.
+    After a reset that gave the chip another N, the container has the right one (tt-kmd#170)."""
     if problem := find_problem(inventory.discovery, card):
         raise Refusal("FAILED_PRECONDITION", f"{card}: {problem}")
     if inventory.settings.fake:
@@ -774,12 +772,10 @@ def wants_hugepages(settings: Settings, chips: Iterable[Chip]) -> bool:
 def container_response(
     settings: Settings, resource: str, chips: Sequence[Chip], paths: Iterable[str]
 ) -> api.ContainerAllocateResponse:
-    """What one container gets for its `chips`, whose device nodes are at `paths` on the host.
-
-    N is the same inside: the user-mode driver's locks and hugepage files are named after it. There
-    is no TT_VISIBLE_DEVICES, whose meaning changed in tt-umd 0.9.3: the device nodes decide what is
-    visible. The variable's name has the resource in it, as the kubelet merges answers by key.
-    """
+    """What one container gets for its `chips`, whose device nodes are at `paths` on the host. N is
+    the same inside: the user-mode driver's locks and hugepage files are named after it. There is no
+    TT_VISIBLE_DEVICES, whose meaning changed in tt-umd 0.9.3: the device nodes decide what is
+    visible. The variable's name has the resource in it, as the kubelet merges answers by key."""
     answer = api.ContainerAllocateResponse()
     for chip, path in zip(chips, paths, strict=True):
         answer.devices.add(container_path=chip.node, host_path=path, permissions="rw")
@@ -791,8 +787,7 @@ def container_response(
 
 
 def refusing(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-    """`call(self, request)` as the coroutine that gRPC expects: a Refusal that it raises becomes a
-    status, logged and counted."""
+    """`call(self, request)` as gRPC's coroutine: a Refusal becomes a status, logged and counted."""
 
     @functools.wraps(call)
     async def method(self: DevicePlugin, request: Any, context: Any) -> Any:
