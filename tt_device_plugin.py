@@ -1200,7 +1200,7 @@ def topology_path(card: Card) -> TreePath:
     return ("/".join(f"{node:04}" for node in card.numa_nodes), *above, card.chips[0].pci)
 
 
-def best_fit(paths: Sequence[TreePath], count: int) -> Sequence[TreePath]:
+def best_fit(paths: Sequence[TreePath], count: int) -> list[TreePath]:
     """`count` of `paths`, which are sorted: the nearest neighbours by PCI address in the smallest
     group of the tree that has room, so that larger groups stay whole for the next Pod."""
     sizes = Counter(path[:level] for path in paths for level in range(len(path) + 1))
@@ -1239,13 +1239,11 @@ def preferred_allocation(
 
     def nearness(path: TreePath) -> int:
         """How many levels of the tree it shares with the nearest required card."""
-        return max(sum(path[:n] == near[:n] for n in range(len(path))) for near in required)
+        shared = (sum(path[:n] == near[:n] for n in range(len(path))) for near in required)
+        return max(shared, default=0)
 
-    chosen: Sequence[TreePath] = ()
-    if required:
-        chosen = sorted(ids.keys() - required, key=lambda path: (-nearness(path), path))[:count]
-    elif count:
-        chosen = best_fit(sorted(ids), count)
+    free = sorted(ids.keys() - required, key=lambda path: (-nearness(path), path))
+    chosen = best_fit(free, count) if count and not required else free[:count]
     return [ids[path] for path in (*required, *chosen)] + lost
 
 
