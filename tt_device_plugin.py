@@ -1380,13 +1380,15 @@ class Metrics:
 
     def page(self, now: float) -> str:
         """All metrics. `now` is time.monotonic()."""
-        samples: dict[str, list[str]] = {}
+        lines: dict[str, list[str]] = {}  # by metric: all of one must stand together
 
         def add(metric: str, value: float, **labels: str) -> None:
             name = metric if metric in METRICS else f"tt_device_plugin_{metric}"
+            kind = "counter" if name.endswith("_total") else "gauge"
+            header = [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {kind}"]
             # Texts are printable ASCII: JSON quotes and escapes that as this format does.
             inside = ",".join(f"{key}={json.dumps(text)}" for key, text in labels.items())
-            samples.setdefault(name, []).append(f"{name}{{{inside}}} {float(value)}")
+            lines.setdefault(name, header).append(f"{name}{{{inside}}} {float(value)}")
 
         snapshot, status = self.inventory.snapshot, self.registrar.registration_status()
         python, grpcio = sys.version.split()[0], grpc.__version__
@@ -1406,11 +1408,7 @@ class Metrics:
             add("card_verdict", 1, **of, kind=card.verdict.kind)
             for chip in card.chips:
                 self._add_chip(add, card, chip, now)
-        lines = []
-        for name, found in samples.items():
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {kind}", *found]
-        return "\n".join([*lines, ""])
+        return "\n".join([*chain(*lines.values()), ""])
 
     def _add_chip(self, add: Callable[..., None], card: Card, chip: Chip, now: float) -> None:
         of = {"card": card.id, "chip": chip.pci}
