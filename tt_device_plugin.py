@@ -1186,21 +1186,19 @@ async def serve(settings: Settings) -> None:
 
 # ==== A. Preferred allocation: which of the free cards suit one container best ====================
 
-TreePath = tuple[str, ...]  # from the host's top down to a card
-
 
 def tray(card: Card) -> str:
     """A Galaxy chip's tray: PCI domain and high nibble of the bus (tt-kmd enumerate.c); or ""."""
     return card.chips[0].pci[:6] if card.model.startswith("galaxy-") else ""
 
 
-def topology_path(card: Card) -> TreePath:
+def topology_path(card: Card) -> tuple[str, ...]:
     """From the host's top down to a card: NUMA node, then Galaxy tray, or root bus and bridges."""
     above = (tray(card),) if tray(card) else card.chips[0].pci_path
     return ("/".join(f"{node:04}" for node in card.numa_nodes), *above, card.chips[0].pci)
 
 
-def best_fit(paths: Sequence[TreePath], count: int) -> list[TreePath]:
+def best_fit(paths: Sequence[tuple[str, ...]], count: int) -> list[tuple[str, ...]]:
     """`count` of `paths`, which are sorted: the nearest neighbours by PCI address in the smallest
     group of the tree that has room, so that larger groups stay whole for the next Pod."""
     sizes = Counter(path[:level] for path in paths for level in range(len(path) + 1))
@@ -1237,7 +1235,7 @@ def preferred_allocation(
     lost = lost[: max(len(set(must)) - len(required), size - len(ids))]
     count = size - len(lost) - len(required)
 
-    def nearness(path: TreePath) -> int:
+    def nearness(path: tuple[str, ...]) -> int:
         """How many levels of the tree it shares with the nearest required card."""
         shared = (sum(path[:n] == near[:n] for n in range(len(path))) for near in required)
         return max(shared, default=0)
