@@ -1484,11 +1484,10 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[i
         server_version, sys_version = f"tt-device-plugin/{__version__}", ""
 
         def do_GET(self) -> None:
-            page = pages.get(self.path.partition("?")[0])
-            code, text = 404, f"no such page; there are {', '.join(pages)}"
+            missing = 404, f"no such page; there are {', '.join(pages)}"
+            page = pages.get(self.path.partition("?")[0], lambda: missing)
             try:
-                if page:
-                    code, text = page()
+                code, text = page()
             except Exception as error:  # a defect of a page must be seen, in it and in the log
                 log.exception("%s failed", self.path)
                 code, text = 500, repr(error)
@@ -1521,7 +1520,7 @@ async def serve_pages(registrar: Registrar) -> None:
     when they are open."""
     inventory, loop, trouble = registrar.inventory, asyncio.get_running_loop(), LogOnChange()
     metrics, wanted = Metrics(registrar), inventory.settings.listen
-    pages: dict[str, Callable[[], tuple[int, str]]] = {
+    pages = {
         "/healthz": lambda: alive(inventory, loop, time.monotonic()),
         "/readyz": lambda: ready(registrar),
         "/metrics": lambda: (200, metrics.page(time.monotonic())),
