@@ -1247,7 +1247,6 @@ def preferred_allocation(
 
 # ==== B. Operations: the log; /healthz, /readyz and /metrics ======================================
 
-LOG_LINES = 1000  # how many lines may wait for a reader of the log; more are dropped, and counted
 VERSIONS = f"Python {sys.version.split()[0]}, grpcio {grpc.__version__}"
 
 
@@ -1296,7 +1295,7 @@ def set_up_logging(style: str, level: str) -> queue.Queue[logging.LogRecord]:
     formatter.converter = time.gmtime
     stderr = logging.StreamHandler()
     stderr.setFormatter(formatter)
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(LOG_LINES)
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(1000)  # more are dropped, and counted
     logging.basicConfig(level=level.upper(), handlers=[BoundedQueueHandler(lines)], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("grpc._cython.cygrpc").addFilter(in_one_line)
