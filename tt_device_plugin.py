@@ -1875,7 +1875,7 @@ def print_step(step: str, *lines: object) -> None:
 async def dry_run(settings: Settings) -> int:
     """Plays the kubelet for the real plugin in settings.kubelet_dir, and prints the five steps as
     they happen. Returns 0 if every step held, else 1."""
-    logging.getLogger("tt-device-plugin").setLevel(logging.ERROR)  # the steps tell the story
+    log.setLevel(logging.ERROR)  # the steps tell the story
     settings.plugin_dir.mkdir()
     server, kubelet = grpc.aio.server(), DryRunKubelet()
     rpc.add_RegistrationServicer_to_server(kubelet, server)
@@ -1933,7 +1933,6 @@ async def dry_run_resource(plugin: Any, request: api.RegisterRequest) -> None:
         start = api.PreStartContainerRequest(devices_ids=[card_id])
         await plugin.PreStartContainer(start, timeout=STREAM_S)
         print_step(f"5. PreStartContainer: {card_id} is still there and healthy")
-    stream.cancel()
 
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
