@@ -1256,8 +1256,7 @@ class BoundedQueueHandler(logging.handlers.QueueHandler):
     dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Puts a line into the queue, if there is room: as it is, so that no call waits until it is
-        formatted."""
+        """Queues a line if there is room: as it is, so that no call waits until it is formatted."""
         try:
             if self.dropped:
                 text = f"{self.dropped} lines were dropped: nobody read the log"
@@ -1447,8 +1446,7 @@ class Metrics:
 
 
 def alive(inventory: Inventory, loop: asyncio.AbstractEventLoop, now: float) -> tuple[int, str]:
-    """/healthz: 200 while this process does its work. Cards in trouble do not count, nor does a
-    missing kubelet. `now` is time.monotonic()."""
+    """/healthz: 200 while this process works, whatever state the cards and the kubelet are in."""
     age, trouble = max(0.0, now - inventory.polled_at), inventory.failure.problem
     if age > max(10.0, 3 * inventory.settings.poll_seconds):  # reads that hang delay it by 2 s
         return 503, f"stuck: the last poll ended {age:.0f} s ago. {trouble}"
@@ -1460,8 +1458,7 @@ def alive(inventory: Inventory, loop: asyncio.AbstractEventLoop, now: float) -> 
 
 
 def ready(registrar: Registrar) -> tuple[int, str]:
-    """/readyz: 200 when every resource is registered, when there is none, or when this instance
-    stands by."""
+    """/readyz: 200 when all resources are registered, there is none, or this instance stands by."""
     status, standby_reason = registrar.registration_status(), registrar.lock.standby_reason
     if not registrar.inventory.snapshot.polled:
         return 503, "the first poll has not ended yet"
@@ -1515,8 +1512,7 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[i
 
 
 async def serve_pages(registrar: Registrar) -> None:
-    """Opens the HTTP pages, if they are wanted, and tries again while the port is taken. Returns
-    when they are open."""
+    """Opens the HTTP pages that are wanted, then returns. Tries again while the port is taken."""
     inventory, loop, trouble = registrar.inventory, asyncio.get_running_loop(), LogOnChange()
     metrics, wanted = Metrics(registrar), inventory.settings.listen
     pages = {
@@ -1597,8 +1593,7 @@ class KeptFiles:
         self._named: dict[str, list[str]] = {}  # card ID in the CDI file -> device nodes
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Makes them say what `snapshot` does, once a poll: what has failed is tried again. Returns
-        at once."""
+        """Makes them say what `snapshot` does. Once a poll, so what has failed is tried again."""
         if self._files and not self._thread.is_alive():
             self._thread = threading.Thread(target=self._keep, args=(snapshot,), daemon=True)
             self._thread.start()
@@ -1779,8 +1774,7 @@ def flag_value(metavar: str, text: str) -> Any:
 
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
-    """The flags of `argv`, and below them those of the environment. Exits with code 2 and a
-    sentence if one is wrong."""
+    """The flags: those of `argv` win over the environment's. Exits with code 2 if one is wrong."""
     parser = argparse.ArgumentParser(
         prog="tt-device-plugin",
         description="Kubernetes device plugin for Tenstorrent cards. It serves until SIGTERM.",
@@ -1873,8 +1867,7 @@ def print_step(step: str, *lines: object) -> None:
 
 
 async def dry_run(settings: Settings) -> int:
-    """Plays the kubelet for the real plugin in settings.kubelet_dir, and prints the five steps as
-    they happen. Returns 0 if every step held, else 1."""
+    """Plays the kubelet for the real plugin, and prints the five steps. Returns the exit code."""
     log.setLevel(logging.ERROR)  # the steps tell the story
     settings.plugin_dir.mkdir()
     server, kubelet = grpc.aio.server(), DryRunKubelet()
@@ -1958,8 +1951,7 @@ async def until_signal(work: Coroutine[Any, Any, int | None]) -> int:
         log.info("told to stop, and done")
         return 0
     finally:
-        # gRPC's handlers end a moment after their server. Cancelled by asyncio.run, they would be
-        # logged with a traceback.
+        # gRPC's handlers end after their server. asyncio.run would cancel them, with a traceback.
         if ending := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(ending, timeout=STOP_S)
 
@@ -2011,8 +2003,7 @@ def main() -> NoReturn:
         lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
     with contextlib.suppress(OSError):  # nobody reads it any more
         sys.stdout.flush()
-    # Python's own way out would wait for a log that nobody reads, and at times for gRPC's threads,
-    # for ever.
+    # Python's own way out can wait for ever: for a log that nobody reads, or for gRPC's threads.
     os._exit(code)
 
 
