@@ -1207,12 +1207,11 @@ def best_fit(paths: Sequence[tuple[str, ...]], count: int) -> list[tuple[str, ..
     group = min(roomy, key=lambda path: [sizes[path[:n]] for n in range(len(path), -1, -1)])
     inside = [path for path in paths if path[: len(group)] == group]
 
-    def spread(start: int) -> int:
-        addresses = [int(re.sub(r"\W", "", path[-1]), 16) for path in inside[start:][:count]]
+    def spread(neighbours: Sequence[tuple[str, ...]]) -> int:
+        addresses = [int(re.sub(r"\W", "", path[-1]), 16) for path in neighbours]
         return max(addresses) - min(addresses)
 
-    start = min(range(len(inside) - count + 1), key=spread)
-    return inside[start:][:count]
+    return min((inside[n:][:count] for n in range(len(inside) - count + 1)), key=spread)
 
 
 def preferred_allocation(
