@@ -1722,13 +1722,12 @@ def listen_address(text: str) -> tuple[str, int]:
     return host, parts.port
 
 
-def domain(text: str) -> str:
-    """What may come before the slash of a resource. Raises ValueError."""
+def domain(text: str) -> str | None:
+    """What may come before the slash of a resource; None for what may not."""
     label = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
     reserved = re.search(r"kubernetes\.io$|^requests\.", text)
-    if len(text) > 253 or not re.fullmatch(rf"{label}(\.{label})*", text) or reserved:
-        raise ValueError
-    return text
+    valid = len(text) <= 253 and re.fullmatch(rf"{label}(\.{label})*", text)
+    return text if valid and not reserved else None
 
 
 ENVIRONMENT = "TT_DEVICE_PLUGIN_"
