@@ -1470,8 +1470,7 @@ def ready(registrar: Registrar) -> tuple[int, str]:
 
 
 def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[int, str]]]) -> str:
-    """Answers GET in threads. `pages`: path -> what gives the HTTP status and the text. Returns the
-    address. Raises OSError."""
+    """Answers GET in threads. `pages`: path -> status and text. Returns where. Raises OSError."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # 15 ms, only if wanted
 
     class Handler(BaseHTTPRequestHandler):
