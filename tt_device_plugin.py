@@ -1729,7 +1729,6 @@ def domain(text: str) -> str | None:
     return text if valid and not reserved else None
 
 
-ENVIRONMENT = "TT_DEVICE_PLUGIN_"
 FLAGS = """
 --list                              print what would be advertised, and what would not and why
 --json                              with --list: as JSON
@@ -1776,8 +1775,8 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
         prog="tt-device-plugin",
         description="Kubernetes device plugin for Tenstorrent cards. It serves until SIGTERM.",
         epilog="Every flag can be set by an environment variable: --kubelet-dir is "
-        f"{ENVIRONMENT}KUBELET_DIR, a flag without a value takes true or false there. Exit codes: "
-        "0 told to stop, 1 cannot work, 2 usage.",
+        "TT_DEVICE_PLUGIN_KUBELET_DIR, a flag without a value takes true or false there. "
+        "Exit codes: 0 told to stop, 1 cannot work, 2 usage.",
         allow_abbrev=False,
     )
     defaults, wrong = {each.name: each.default for each in fields(Settings)}, ""
@@ -1785,7 +1784,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
     for line in FLAGS.strip().splitlines():
         flag, metavar, text = re.findall(r"^(\S+)(?: (\S+))?  +(.+)$", line)[0]
         name, kind = flag[2:].replace("-", "_"), functools.partial(flag_value, metavar)
-        default, variable = defaults.get(name, False), ENVIRONMENT + name.upper()
+        default, variable = defaults.get(name, False), f"TT_DEVICE_PLUGIN_{name.upper()}"
         try:
             default = kind(environment[variable]) if environment.get(variable) else default
         except argparse.ArgumentTypeError as error:
