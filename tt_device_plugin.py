@@ -40,6 +40,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import io
 import ipaddress
 import json
 import logging
@@ -1117,7 +1118,7 @@ class Registrar:
             except grpc.aio.AioRpcError as error:
                 if not accepts_connections(self.kubelet):  # it has ended: the old cause stands
                     return cause, ""
-                answer = f"{error.code().name}: {error.details()}"
+                answer = f"{error.code().name}: {error.details()}".replace(endpoint, "its socket")
                 return "register-failed", f"the kubelet has not registered it: {answer}"
             until = time.monotonic() + STREAM_S
             while not plugin.stream:
@@ -1475,7 +1476,12 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[i
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 5  # for a client that says nothing
-        server_version, sys_version = f"tt-device-plugin/{__version__}", ""
+
+        def setup(self) -> None:
+            super().setup()
+            # 100 headers of 64 KiB would fill the memory, and polls need file descriptors, too.
+            head = self.connection.recv(8192) if threading.active_count() < 300 else b""
+            self.rfile = io.BytesIO(head)
 
         def do_GET(self) -> None:
             missing = 404, f"no such page; there are {', '.join(pages)}"
@@ -1494,9 +1500,6 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[i
             log.debug("HTTP %s: %r", self.client_address, args)
 
     class Server(ThreadingHTTPServer):
-        def verify_request(self, request: Any, client_address: Any) -> bool:
-            return threading.active_count() < 300  # polls need file descriptors, too
-
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug("HTTP %s: %r", client_address, sys.exc_info()[1])
 
