@@ -1005,12 +1005,21 @@ def command() -> list[str]:
 
 @pytest.fixture
 def launch(command: list[str]) -> Iterator[Launch]:
-    """Start plugins: launch(tree, kubelet, "--more", "flags"). They end with the test."""
+    """Start plugins: launch(tree, kubelet, "--more", "flags"). They end with the test. With
+    offers=N the kubelet, started if need be, has so many n150 from it when this returns."""
     with contextlib.ExitStack() as stack:
 
-        def start(tree: Tree | None, kubelet: Kubelet, *flags: str, **popen: Any) -> Plugin:
+        def start(
+            tree: Tree | None, kubelet: Kubelet, *flags: str, offers: int = 0, **popen: Any
+        ) -> Plugin:
+            if offers and not kubelet.process:
+                kubelet.start()
             words = [*command, "--kubelet-dir", str(kubelet.root), *(tree.flags if tree else [])]
-            return stack.enter_context(contextlib.closing(Plugin([*words, *flags], **popen)))
+            mark, plugin = kubelet.log.mark(), Plugin([*words, *flags], **popen)
+            stack.enter_context(contextlib.closing(plugin))
+            if offers:
+                kubelet.wait_status(R150, offers, offers, after=mark, timeout=20)
+            return plugin
 
         yield start
 
@@ -1018,10 +1027,7 @@ def launch(command: list[str]) -> Iterator[Launch]:
 @pytest.fixture
 def plugin(kubelet: Kubelet, four: Tree, launch: Launch) -> Plugin:
     """One whose four cards the kubelet offers: where most tests begin."""
-    kubelet.start()
-    started = launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4)
-    return started
+    return launch(four, kubelet, offers=4)
 
 
 @pytest.fixture
@@ -1954,9 +1960,7 @@ CALLS = [
 def test_calls(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """Each call has its answer, or is refused as a whole by a status with a sentence; no refusal
     hurts what follows. Containers are counted, and refusals by status."""
-    kubelet.start()
-    plugin, counts = launch(four, kubelet, HTTP), Counter[tuple[str, ...]]()
-    kubelet.wait_status(R150, 4, 4)
+    plugin, counts = launch(four, kubelet, HTTP, offers=4), Counter[tuple[str, ...]]()
     for method, words, wanted in random.Random(6).sample(CALLS * 2, 2 * len(CALLS)):
         parts = [part.split() for part in words.split("|")]
         ids = [[ID[int(word)] if word in "0123" else word for word in part] for part in parts]
@@ -2022,9 +2026,7 @@ def test_device_nodes_are_looked_at(kubelet: Kubelet, tree: Tree, launch: Launch
     made = tuple(replace(chip, target=NODES[chip.index % 2]) for chip in made)
     for chip in made:
         tree.add(chip)
-    kubelet.start()
-    launch(tree, kubelet, "--poll-seconds=60")
-    kubelet.wait_status(R150, len(made), len(made))
+    launch(tree, kubelet, "--poll-seconds=60", offers=len(made))
     for row, chip, other in zip(rows, made[::2], made[1::2], strict=True):
         what, target, words = row.format(chip=chip, other=other).split(None, 2)
         if what == "chip":
@@ -2050,9 +2052,7 @@ def test_renumbered(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     first, second = replace(N150[0], by_id=True), replace(N150[1], target=NODES[1])
     tree.add(first)
     tree.add(second)
-    kubelet.start()
-    launch(tree, kubelet, FAST)
-    kubelet.wait_status(R150, 2, 2)
+    launch(tree, kubelet, FAST, offers=2)
     for pod, chip in (("linked", first), ("bare", second)):
         kubelet.admit(pod, {R150: 1}, {R150: [chip.id]})
         assert kubelet.start_container(pod)["devices"][0]["resolved"] == chip.target
@@ -2092,8 +2092,7 @@ def test_pod(kubelet: Kubelet, four: Tree, launch: Launch, plugin: Plugin) -> No
     mark = kubelet.log.mark()
     plugin.end(signal.SIGKILL)
     kubelet.wait_status(R150, 4, 0, after=mark)
-    launch(four, kubelet)
-    kubelet.wait_status(R150, 4, 4, after=mark)
+    launch(four, kubelet, offers=4)
     assert kubelet.start_container("pod") == first
     next_kubelet(kubelet)
     assert kubelet.admit("pod", {R150: 2})["ids"] == ids
@@ -2111,10 +2110,7 @@ def dial(kubelet: Kubelet) -> grpc.Channel:
 def test_streams_share_nothing(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """Each stream is told each change, and nothing but changes, whatever becomes of other streams
     (story 12). One that is stopped keeps its stream, and hears of the change later (contract 7)."""
-    kubelet.start()
-    plugin = launch(four, kubelet, FAST)
-    plugin.wait_for_line(f"registered {R150}")
-    kubelet.wait_status(R150, 4, 4)
+    launch(four, kubelet, FAST, offers=4).wait_for_line(f"registered {R150}")
     mark = kubelet.log.mark()
     with dial(kubelet) as channel:
         watch = rpc.DevicePluginStub(channel).ListAndWatch
@@ -2199,8 +2195,7 @@ def test_registers_again(
     older = puppets(R150)
     older.register()
     kubelet.wait("stream")
-    holder = heir = launch(four, kubelet, FAST)
-    kubelet.wait_status(R150, 4, 4)
+    holder = heir = launch(four, kubelet, FAST, offers=4)
     order = random.Random(7).sample(ENDINGS[1:] * 2, 16) * (10 if LONG else 1)
     for how, since, before in ENDINGS[:1] + order:
         mark = kubelet.log.mark()
@@ -2367,7 +2362,7 @@ def test_stale_sockets(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Lau
     mine, no_socket = (kubelet.folder / f"tenstorrent-n150-{one * 6}.sock" for one in "ab")
     plugin.end(signal.SIGKILL)
     kubelet.wait_status(R150, 4, 0)
-    (stale,), mark = sockets(kubelet), kubelet.log.mark()
+    (stale,) = sockets(kubelet)
     no_socket.touch()
     with contextlib.ExitStack() as stack:
         for name in ("nvidia-gpu.sock", "tenstorrent-n150-zzzzzz.sock", mine.name):
@@ -2375,8 +2370,7 @@ def test_stale_sockets(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Lau
             one.bind(str(kubelet.folder / name))
         assert not tt.accepts_connections(mine), "it is only bound"
         one.listen(0)
-        launch(four, kubelet)
-        kubelet.wait_status(R150, 4, 4, after=mark)
+        launch(four, kubelet, offers=4)
         while tt.accepts_connections(mine):  # until its queue is full
             stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(mine))
         assert len(sockets(kubelet)) == 4 and stale not in sockets(kubelet) and no_socket.exists()
@@ -2430,9 +2424,7 @@ def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bo
     mark, other = kubelet.log.mark(), Kubelet(room / "other")
     plugin.send(signal.SIGSTOP)
     with contextlib.closing(other), Tree(room / "tree", N150).beating() as tree:
-        other.start()
-        launch(tree, other)
-        other.wait_status(R150, 4, 4)
+        launch(tree, other, offers=4)
         began = time.monotonic()
         tree.remove(N150[0].pci)
         relink(tree.node(N150[1].pci), "/dev/zero")
@@ -2529,8 +2521,7 @@ def test_stops(
     if faults is not None:
         kubelet.start(faults=faults)
     if state == "standing by":
-        first = launch(four, kubelet, *flags, "--poll-seconds=60")
-        kubelet.wait_status(R150, 4, 4)
+        first = launch(four, kubelet, *flags, "--poll-seconds=60", offers=4)
     mine = sockets(kubelet)
     plugin = launch(four, kubelet, *flags)
     if says in ("register", "no_stream"):
@@ -2989,15 +2980,11 @@ def test_files_of_several_instances(
     flags = [f"--cdi-dir={paths[0].parent}", f"--labels-dir={paths[1].parent}"]
     paths[0].parent.mkdir(parents=True)
     os.mkfifo(paths[0].with_name(f".{CDI}.new"))
-    kubelet.start()
-    hanging = launch(tree, kubelet, *flags)
-    kubelet.wait_status(R150, 1, 1)
+    hanging = launch(tree, kubelet, *flags, offers=1)
     assert not kubelet.allocate(R150, [N150[0].id]).get("cdi_devices")
     bound("SIGTERM to the end while a write hangs", hanging.end()[1], 1.5)
     shutil.rmtree(paths[0].parent)
-    mark = kubelet.log.mark()
-    first = launch(tree, kubelet, *flags)
-    kubelet.wait_status(R150, 1, 1, after=mark)
+    first = launch(tree, kubelet, *flags, offers=1)
     until(lambda: kubelet.allocate(R150, [N150[0].id]).get("cdi_devices") and paths[1].exists())
     modes = [one.stat().st_mode & 0o777 for path in paths for one in (path, path.parent)]
     assert modes == [0o644, 0o755] * 2, "whoever reads them may be another user"
@@ -3575,9 +3562,7 @@ def test_made_up_cards(kubelet: Kubelet, launch: Launch) -> None:
     """With --fake README's Pod gets what it says, and a large one the rest, as /dev/null: nothing
     in the answers of two resources has the same name and another value (contract 14). A card taken
     out of the tree, whose place is said, is Unhealthy. The tree goes with the process."""
-    kubelet.start()
-    plugin = launch(None, kubelet, "--fake=n150=196,p300=2", "--hugepages=always")
-    kubelet.wait_status(R150, 196, 196, timeout=20)
+    plugin = launch(None, kubelet, "--fake=n150=196,p300=2", "--hugepages=always", offers=196)
     kubelet.wait_status("tenstorrent.com/p300", 2, 2)
     (container,) = POD["spec"]["containers"]
     wanted = container["resources"]["limits"], {R150: 195, "tenstorrent.com/p300": 2}
@@ -3671,8 +3656,7 @@ exec podman --root /run/storage --cgroup-manager cgroupfs --runtime runc run --r
 def test_podman_takes_the_cdi_spec(kubelet: Kubelet, launch: Launch, room: Path) -> None:
     """`--device tenstorrent.com/card=...`: the device nodes of that card, and no other."""
     needs_namespace("podman", "runc", "busybox")
-    kubelet.start()
-    plugin = launch(None, kubelet, "--fake", "n150=2,p300=1", "--cdi-dir", str(room))
+    plugin = launch(None, kubelet, "--fake=n150=2,p300=1", f"--cdi-dir={room}", offers=2)
     kubelet.wait_status("tenstorrent.com/p300", 1, 1)
     (p300,) = kubelet.ids("tenstorrent.com/p300")
     until((room / CDI).exists)
