@@ -3105,9 +3105,9 @@ def test_usage(command: list[str]) -> None:
     assert [row[0] for row in table("exit code")] == ["0", "1", "2"]  # 0 and 1: the next two tests
 
 
-def test_list(command: list[str], room: Path, bound: Bound) -> None:
+def test_list(command: list[str], room: Path) -> None:
     """JSON as the design has it; in columns a card is a line, and its reason stands below. No card
-    is an answer; a card whose read hangs is not offered, and holds up the others for 2 s."""
+    is an answer."""
     tree = Tree(room)
 
     def listed(*flags: str) -> str:
@@ -3136,11 +3136,6 @@ def test_list(command: list[str], room: Path, bound: Bound) -> None:
     assert [(row[0], row[1], row[-1]) for row in rows] == shown
     assert below == [f"{one['id']}: {one['reason']}" for one in cards if one["reason"]]
     assert "device node /dev/tenstorrent/2 is missing" in below[0] and "vfio-pci" in below[1]
-    tree.hang(N150[3].pci, "tt_heartbeat")
-    began = time.monotonic()
-    (hanging,) = (one for one in json.loads(listed("--json")) if one["id"] == N150[3].pci)
-    bound("--list beside a read that hangs", time.monotonic() - began, 3.0)
-    assert hanging["resource"] is None and "does not return" in hanging["reason"]
 
 
 def test_dry_run(command: list[str], four: Tree, kubelet: Kubelet) -> None:
