@@ -2452,8 +2452,7 @@ def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bo
 
 def test_hanging_reads(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Bound) -> None:
     """Reads of two chips hang, and a third one is removed: the kubelet hears of it in 4 s. Those
-    that hang are Unhealthy until they answer; no call for a Pod, and not the end, waits for them.
-    """
+    that hang are Unhealthy until they answer; no call for a Pod waits for them."""
     for chip in N150[:2]:
         four.hang(chip.pci, "tt_heartbeat")
     mark, gone = kubelet.log.mark(), time.monotonic()
@@ -2469,9 +2468,6 @@ def test_hanging_reads(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Boun
             kubelet.allocate(R150, ID[:1])
         four.release(N150[1].pci, "tt_heartbeat", "77\n")
         kubelet.wait_status(R150, 4, 2, after=mark)
-        code, seconds = plugin.end()
-    bound("SIGTERM to the end", seconds, 1)
-    assert code == 0
 
 
 KEPT = {"tenstorrent.com-card.json", "tt-device-plugin"}  # files for other tools
