@@ -2290,7 +2290,7 @@ def test_goes_round(
     bound("a better kubelet answers: registered", seconds, AGAIN_S)
 
 
-def test_the_lock_goes_last(kubelet: Kubelet, four: Tree) -> None:
+def test_the_lock_goes_last(kubelet: Kubelet, four: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """serve() ends when all that it began has ended: the next instance finds no socket, and no
     registration of this one follows. A stream that ends at the same time is no exception."""
     settings = tt.Settings(kubelet.root, four.sys, four.dev)
@@ -2310,11 +2310,8 @@ def test_the_lock_goes_last(kubelet: Kubelet, four: Tree) -> None:
             assert not sockets(kubelet)
             assert not [task for task in asyncio.all_tasks() if "Registrar" in repr(task)]
 
-    umask = os.umask(0)
-    try:
-        asyncio.run(main())
-    finally:
-        os.umask(umask)
+    monkeypatch.setattr(os, "umask", bool)  # that of this process stays
+    asyncio.run(main())
 
 
 def lock_holder(kubelet: Kubelet) -> int:
