@@ -2170,7 +2170,7 @@ AGAIN_S = 0.1  # from a kubelet that answers, a dropped stream, or another insta
 # Register that holds.
 LOST = "stream_end disconnected status"
 ENDINGS = [
-    ("older", "stream_end", f"{LOST} stream_end"),  # ours with it, up to 1.36
+    ("older", "stream_end", f"{LOST} stream_end"),  # another plugin's, and ours (contract 5)
     ("kill start", "listening", ""),
     ("kill delete_folder start", "listening", ""),
     ("kill start_late", "listening", ""),
@@ -2187,8 +2187,7 @@ def test_registers_again(
     kubelet: Kubelet, four: Tree, launch: Launch, puppets: Puppets, bound: Bound
 ) -> None:
     """Whatever ends a registration, and in any order: registered again within 0.1 s of a kubelet
-    that answers, by one Register; the old socket is gone, and news arrive by the new stream. The
-    first end is that of another plugin's older stream, which disconnects ours (contract 5)."""
+    that answers, by one Register; the old socket is gone, and news arrive by the new stream."""
     kubelet.start()
     older = puppets(R150)
     older.register()
@@ -2268,8 +2267,7 @@ def test_goes_round(
     kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, fault: str, pauses: list[float]
 ) -> None:
     """A Register that fails or hangs, that no stream follows, or whose stream ends at once: tried
-    again until it holds, ever more slowly, and said once. Another kubelet is met at once, and
-    tried again soon."""
+    again, ever more slowly, and said once. Another kubelet is met at once, and tried again soon."""
     kubelet.start()
     kubelet.faults("UNIMPLEMENTED", **{fault: len(pauses)})
     plugin = launch(four, kubelet)
@@ -2389,9 +2387,8 @@ def test_dropped_streams_leave_nothing(kubelet: Kubelet, plugin: Plugin) -> None
 
 
 def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
-    """A node without cards waits quietly (story 10). A card that comes is offered (story 9); each
-    model is a resource and a socket of its own, which ends with its last card's change into another
-    model. The streams of other models are left alone."""
+    """A node without cards waits quietly (story 10). A card that comes is offered (story 9). Each
+    model has a resource and a socket until its last card changes. Other streams are left alone."""
     other = replace(N300[0], index=5)
     kubelet.start()
     plugin = launch(tree, kubelet, FAST)
@@ -2412,10 +2409,8 @@ def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
 
 
 def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bound: Bound) -> None:
-    """A card that is gone, whose device node is another device, or whose heart has stopped is
-    Unhealthy, and is not handed out: the last one before 15 s, and not before the firmware's own
-    watchdog, which has 10 s. It is back under its ID, with another N, too (stories 5, 6, 16 to 18).
-    A plugin that was stopped for as long judges nobody by its own absence."""
+    """A card in trouble is Unhealthy, and is not handed out, until it is back, with another N, too
+    (stories 5, 6, 16 to 18). A plugin that was stopped judges nobody by its own absence."""
     mark, other = kubelet.log.mark(), Kubelet(room / "other")
     plugin.send(signal.SIGSTOP)
     with contextlib.closing(other), Tree(room / "tree", N150).beating() as tree:
@@ -2432,7 +2427,7 @@ def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bo
                 with refused("FAILED_PRECONDITION", name, "not healthy since 20", reason):
                     call(R150, [name])
         plugin.send(signal.SIGCONT)
-        assert seen > 10
+        assert seen > 10, "the firmware's own watchdog takes so long"
         later, began = other.log.mark(), time.monotonic()
         tree.add(replace(N150[0], index=9))
         relink(tree.node(N150[1].pci), N150[1].target)
@@ -2548,9 +2543,8 @@ def test_stops(
 
 
 def test_stops_at_any_moment(kubelet: Kubelet, launch: Launch, room: Path) -> None:
-    """SIGTERM at a random moment of the first 0.5 s, two at a time, with a kubelet, without, and
-    beside processes that keep all cores busy: exit code 0, no traceback, nothing left. So do dry
-    runs, every other one of which is left to its end; their stderr is empty."""
+    """SIGTERM at a random moment of the first 0.5 s, with a kubelet, without, and on busy cores:
+    exit code 0, no traceback, nothing left. So do dry runs, and if left to their end."""
     kept = room / "kept"  # with a short name: the dry runs make sockets in it
     kept.mkdir()
     flags = ["--fake=n150=2,p300=1", FAST, f"--cdi-dir={kept}", f"--labels-dir={kept}"]
@@ -2791,9 +2785,8 @@ def test_every_metric(every_metric: str) -> None:
 
 
 def test_junk_readings(room: Path) -> None:
-    """Stale telemetry, a dead bus, and what is below 0, read as unsigned (hwmon_junk_stale-tags,
-    hwmon_dead-chip): it is not in the page, and is counted. What is not there is neither. With a
-    driver before 2.7 nothing is read: a read while the chip goes could oops the kernel."""
+    """Stale telemetry, a dead bus, what is below 0 (captured: hwmon_junk_stale-tags, _dead-chip):
+    counted, not shown. With a driver before 2.7 nothing is read, as that could oops the kernel."""
     tree, count = Tree(room, N150[:1]), 0
     metrics = metrics_of(room)
     for metric, (file, highest, *_) in [*tt.SENSORS.items()][:-1]:
@@ -2852,9 +2845,8 @@ def test_alive() -> None:
 
 
 def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> None:
-    """/readyz is 200 after the first poll without cards, or once all are registered. While the port
-    is taken the cards are served without it. Clients that talk nonsense, or stop in the middle, or
-    say nothing hold up neither probes nor the kubelet."""
+    """/readyz is 200 without cards, or once all are registered. While the port is taken the cards
+    are served without it. Clients that talk nonsense, or say nothing, hold up nobody."""
     tree = Tree(room, driver=None)
     kubelet.start(faults={"register_fails": 1000})
     with socket.create_server(("127.0.0.1", 0)) as other, contextlib.ExitStack() as stack:
@@ -2914,9 +2906,8 @@ def cdi_devices(text: str) -> dict[str, str]:
 
 
 def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The healthy cards by ID, by N, and all, with 1 GiB pages as in Allocate. It follows N and
-    health, is written again where it is gone, and not without need. There are no CDI names but
-    those of what the file has, and no file without cards, as that would be invalid."""
+    """The healthy cards by ID, by N, and all. It follows N and health, is written again where it is
+    gone, and not without need. Without cards there is none; no CDI name but those in the file."""
     caplog.set_level(logging.INFO, "tt-device-plugin")
     tree = Tree(room, [N150[0], *(replace(one, index=one.index + 4) for one in P300)])
     inventory, cdi, labels = metrics_of(room).inventory, room / "cdi", room / "labels"
@@ -2963,9 +2954,8 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_files_of_several_instances(
     kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
 ) -> None:
-    """A folder that hangs costs no card, and not the end. With CDI a card whose N has changed since
-    is refused: the container would get the new device node, and the old one, too. An instance that
-    stands by is ready, and leaves the files alone until it takes over. They go with the last."""
+    """A folder that hangs costs no card, and not the end. With CDI a card whose N has changed is
+    refused. One that stands by is ready, and leaves the files alone. They go with the last."""
     tree.add(replace(N150[0], by_id=True))
     paths = [kubelet.root / "cdi" / CDI, kubelet.root / "labels/tt-device-plugin"]
     flags = [f"--cdi-dir={paths[0].parent}", f"--labels-dir={paths[1].parent}"]
@@ -3232,10 +3222,8 @@ def pins() -> dict[str, str]:
 
 
 def test_packed_file(packed: Path) -> None:
-    """Another umask, locale, time zone, for the universal file another interpreter: the same bytes,
-    and the build says their SHA-256. Nothing says where or when it was built; native modules are
-    there for just the interpreters that it is for. The universal file has a list of contents: valid
-    CycloneDX, and true."""
+    """Wherever it is built: the same bytes, whose SHA-256 the build says, with native modules for
+    just its interpreters. The universal file has a list of contents: valid CycloneDX, and true."""
     before, words = packed.read_bytes(), ["--universal"] if packed == UNIVERSAL else []
     others = [path for n, path in interpreters().items() if words and n in PYTHONS]
     packed.unlink()
@@ -3377,9 +3365,8 @@ def make_image(base: Path, folder: Path) -> tuple[Path, list[str], str]:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_serves_on(four: Tree, kubelet: Kubelet, tmp_path: Path, place: Any) -> None:
-    """The universal file on the CPythons of this machine, with an empty environment, and in bare
-    Debians, where Python and libstdc++6 are all that it needs; and an image, which compiles nothing
-    when it starts. All cards are offered, a Pod gets one, SIGTERM ends the plugin."""
+    """The universal file on this machine's CPythons, with an empty environment, and in bare Debians
+    with libstdc++6; an image, which compiles nothing. It offers cards, a Pod gets one, it ends."""
     kubelet.start()
     assert build(HERE, "--universal").returncode == 0
     there = str(kubelet.root.parent)
@@ -3414,9 +3401,8 @@ def test_serves_on(four: Tree, kubelet: Kubelet, tmp_path: Path, place: Any) -> 
 
 
 def test_starts(packed: Path, tmp_path: Path) -> None:
-    """Eight at once, from a folder with spaces, as a command: all start, and none leaves a file. No
-    memfd_create: a nameless temporary file does. What is missing, such as a module of Python's, is
-    one sentence and exit code 1; a Python that is not in the file hears which ones are."""
+    """Eight at once, as a command: all start, and none leaves a file; also without memfd_create.
+    What is missing is one sentence and exit code 1; another Python hears which ones it is for."""
     file, empty = tmp_path / "a folder with spaces/the file", tmp_path / "empty"
     file.parent.mkdir()
     empty.mkdir()
@@ -3487,10 +3473,8 @@ def container_of(manifest: Event) -> Event:
 
 @pytest.mark.parametrize("image", ["", "registry.example/plugin:7"])
 def test_manifest(image: str) -> None:
-    """Each field of it and of README's Pod is known to the oldest and the newest Kubernetes that
-    there are schemas of. Of the host it has the kubelet's folder, alone writable, /dev and, without
-    an image of its own, the plugin's file. One port is listened on, declared, probed and scraped.
-    uid 0 has no right, and no part in the host's network, processes or API server."""
+    """It, and README's Pod, are valid for the oldest and the newest Kubernetes; of the host it has
+    what it needs and no more; one port is listened on, declared, probed and scraped."""
     manifest = FILE_MANIFEST
     if image:
         done = finish([sys.executable, HERE / "tools/manifest.py", image])
@@ -3545,9 +3529,8 @@ def test_manifest_waits_for_the_file(room: Path) -> None:
 
 
 def test_made_up_cards(kubelet: Kubelet, launch: Launch) -> None:
-    """With --fake README's Pod gets what it says, and a large one the rest, as /dev/null: nothing
-    in the answers of two resources has the same name and another value (contract 14). A card taken
-    out of the tree, whose place is said, is Unhealthy. The tree goes with the process."""
+    """With --fake README's Pod gets what it says, and one of two resources the rest, without a
+    conflict (contract 14). A card taken out of the tree is Unhealthy. It goes with the process."""
     plugin = launch(None, kubelet, "--fake=n150=196,p300=2", "--hugepages=always", offers=196)
     kubelet.wait_status("tenstorrent.com/p300", 2, 2)
     (container,) = POD["spec"]["containers"]
