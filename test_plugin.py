@@ -2211,9 +2211,7 @@ def test_registers_again(
 # What the plugin says if it is there before the kubelet (story 3).
 @both_generations
 @pytest.mark.parametrize("waits", ["", "is not there yet: waiting", "no kubelet listens at"])
-def test_first_registration(
-    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, waits: str
-) -> None:
+def test_registers(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, waits: str) -> None:
     """Half a second after the start, or at once when a kubelet comes, all cards are offered, in the
     first list (story 8), with the options in both places. A kubelet that dials late is met once."""
     if waits.startswith("no kubelet"):
@@ -2932,9 +2930,7 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert tuple(line.getMessage() for line in caplog.records) == trouble
 
 
-def test_files_of_several_instances(
-    kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
-) -> None:
+def test_files_of_instances(kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound) -> None:
     """A folder that hangs costs no card, and not the end. With CDI a card whose N has changed is
     refused. One that stands by is ready, and leaves the files alone. They go with the last."""
     tree.add(replace(N150[0], by_id=True))
@@ -3139,9 +3135,7 @@ def test_fake_tree_of_every_model(room: Path) -> None:
 
 
 @pytest.mark.parametrize(("uid", "later"), [(0, False), (0, True), (65534, False)])
-def test_cannot_work(
-    command: list[str], four: Tree, kubelet: Kubelet, uid: int, later: bool
-) -> None:
+def test_no_rights(command: list[str], four: Tree, kubelet: Kubelet, uid: int, later: bool) -> None:
     """Without the right to make sockets, at the start or when the folder is made anew: exit code 1,
     and a sentence that names folder, user and remedy. No file is left."""
     user = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
