@@ -660,7 +660,7 @@ class Tree:
     """The plugin's own made-up sysfs and /dev, and what becomes of it. Files change atomically, as
     in sysfs."""
 
-    def __init__(self, root: Path, chips: Sequence[Chip] = (), driver: Any = "2.10.0") -> None:
+    def __init__(self, root: Path, chips: Sequence[Chip] = ()) -> None:
         self.root, self.sys, self.dev = root, root / "sys", root / "dev"
         self.flags = ["--sysfs-root", str(self.sys), "--dev-root", str(self.dev)]  # the plugin's
         self.drafts = root / "drafts"  # on the same file system, seen by nobody
@@ -669,11 +669,9 @@ class Tree:
         self.lock = threading.Lock()  # the hearts beat in a thread of their own
         self.beats = itertools.count(1_000_000)
         self.still: set[str] = set()  # whose hearts do not beat: a test adds and discards
-        for folder in (self.drafts, self.dev, self.sys / "bus/pci/devices"):
-            folder.mkdir(parents=True)
-        if driver:  # None: it is not loaded
-            (self.sys / "class/tenstorrent").mkdir(parents=True)
-            self.write(self.sys / "module/tenstorrent/version", f"{driver}\n")
+        for folder in ("drafts", "dev", "sys/bus/pci/devices", "sys/class/tenstorrent"):
+            (root / folder).mkdir(parents=True)
+        self.write(self.sys / "module/tenstorrent/version", "2.10.0\n")
         for chip in chips:
             self.add(chip)
 
@@ -797,8 +795,6 @@ N150 = chips(
     *("n150", "01 0001 0100018611902010", "02 0002 010001851180B42E"),
     *("41 0003 010001851170C06C", "c1 0004 0100018611902014"),
 )
-N150_OLD_DRIVER = replace(N150[0], asic_id="", heartbeat=False)  # that host, as it was
-N300 = chips("n300", "c1 0300 010001451172208F")  # tt-smi-s_quietbox_4xn300_kmd1.34: its first
 # A p300's two chips with one serial: derived, not captured (derived_blackhole_boards).
 P300 = chips("p300a", *(f"0{n} 0B0{n - 3} 000004513190F004" for n in (3, 4)), arch="blackhole")
 P300_ID = "p300-000004513190F004"
@@ -2357,7 +2353,7 @@ def test_dropped_streams_leave_nothing(kubelet: Kubelet, plugin: Plugin) -> None
 def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     """A node without cards waits quietly (story 10). A card that comes is offered (story 9). Each
     model has a resource and a socket until its last card changes. Other streams are left alone."""
-    other = replace(N300[0], index=5)
+    other = replace(N150[1], card_type="n300")
     kubelet.start()
     plugin = launch(tree, kubelet, FAST)
     plugin.wait_for_line("waiting for some")
@@ -2369,7 +2365,7 @@ def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     mark = kubelet.log.mark()
     tree.remove(other.pci)
     kubelet.wait_status(R300, 1, 0, after=mark)
-    tree.add(replace(other, card_type="n150"))
+    tree.add(N150[1])
     kubelet.wait_status(R150, 2, 2, after=mark)
     kubelet.wait("stream_end", resource=R300, after=mark)
     assert not kubelet.seen("register", after=mark)
@@ -2578,7 +2574,7 @@ def test_log_that_nobody_reads(kubelet: Kubelet, plugin: Plugin, bound: Bound) -
 
 # ==== Appendix B. Operations: the log; /healthz, /readyz and /metrics =============================
 
-OWN, FIRST_BDF = "tt_device_plugin_", N150[0].pci
+OWN = "tt_device_plugin_"
 # A card without telemetry goes, another is in trouble, is lost in a reset and comes back with
 # another N, a Pod gets it, the kubelet is restarted.
 LOST_CARD = "card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/"
@@ -2717,11 +2713,11 @@ def every_metric(room: Path) -> str:
     """The page of that node, when it has been polled twice."""
     blind: Any = dict.fromkeys(["card_type", "asic_id", "serial", "firmware"], "")
     tree = Tree(room, [*N150[:2], replace(N150[2], heartbeat=False, hwmon=False, **blind)])
-    monitors = tree.pci(FIRST_BDF) / "hwmon"
+    monitors = tree.pci(BDF) / "hwmon"
     shutil.copytree(monitors / "hwmon2", monitors / "hwmon10")
     (monitors / "hwmon2/temp1_input").write_text("99000\n")
     (monitors / "hwmon10/fan1_input").write_text("1200\n")
-    tree.set(FIRST_BDF, "tt_therm_trip_count", "2\n")
+    tree.set(BDF, "tt_therm_trip_count", "2\n")
     tree.write(room / "proc/driver/tenstorrent/0/pids", "17\n4711\n")
     metrics = metrics_of(room)
     tree.remove(N150[1].pci)
@@ -2760,12 +2756,12 @@ def test_junk_readings(room: Path) -> None:
     for metric, (file, highest, *_) in [*tt.SENSORS.items()][:-1]:
         file = file.replace("hwmon/", "device/hwmon/hwmon2/")
         for text in (good := f"{highest}", f"{highest + 1}", "4294967295", "-1", "N/A", "", None):
-            tree.set(FIRST_BDF, file, text)
+            tree.set(BDF, file, text)
             count += text not in (good, None)
-            page = told(metrics.page(109.0), f"chip={FIRST_BDF}")
+            page = told(metrics.page(109.0), f"chip={BDF}")
             assert any(metric in line for line in page) == (text == good), (metric, text)
             assert page[-1].endswith(f" {count}"), (metric, text)
-    tree.set(FIRST_BDF, "tt_aiclk", "500")
+    tree.set(BDF, "tt_aiclk", "500")
     for reader in metrics.inventory.readers.values():
         reader.history.heartbeat = None
     for driver, read in (("2.6.1", 0), ("1.34", 0), ("", 0), ("2.7.0-rc1", 1), ("3.0", 1)):
@@ -2782,19 +2778,19 @@ def test_sensors_that_hang(room: Path) -> None:
     def scrape() -> list[str]:
         return [line.split("chip=")[1] for line in told(metrics.page(101.0), "asic_temperature")]
 
-    tree.hang(FIRST_BDF, file)
+    tree.hang(BDF, file)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(scrape)
-        with open(tree.path(FIRST_BDF, file), "w"):  # returns when that scrape has opened it
+        with open(tree.path(BDF, file), "w"):  # returns when that scrape has opened it
             try:
                 assert pool.submit(scrape).result(5) == [other] and not first.done()
             finally:
-                tree.release(FIRST_BDF, file, "60000\n")
-        assert first.result(5) == scrape() == [f"{FIRST_BDF} 60", other]
-    tree.hang(FIRST_BDF, "tt_heartbeat")
+                tree.release(BDF, file, "60000\n")
+        assert first.result(5) == scrape() == [f"{BDF} 60", other]
+    tree.hang(BDF, "tt_heartbeat")
     metrics.inventory.poll(102.0)
     assert scrape() == [other]
-    tree.release(FIRST_BDF, "tt_heartbeat", "7\n")
+    tree.release(BDF, "tt_heartbeat", "7\n")
 
 
 def test_alive() -> None:
@@ -2815,7 +2811,8 @@ def test_alive() -> None:
 def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> None:
     """/readyz is 200 without cards, or once all are registered. While the port is taken the cards
     are served without it. Clients that talk nonsense, or say nothing, hold up nobody."""
-    tree = Tree(room, driver=None)
+    tree = Tree(room)
+    shutil.rmtree(tree.sys)
     kubelet.start(faults={"register_fails": 1000})
     with socket.create_server(("127.0.0.1", 0)) as other, contextlib.ExitStack() as stack:
         address = other.getsockname()
@@ -2826,7 +2823,7 @@ def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> No
         text = "no cards to register: waiting for some to appear\n"
         assert fetch(plugin, "/readyz") == (200, text) and len(plugin.lines("no HTTP")) == 1
         (tree.sys / "class/tenstorrent").mkdir(parents=True)
-        tree.add(N150_OLD_DRIVER)
+        tree.add(replace(N150[0], asic_id="", heartbeat=False))  # captured: an old driver
         plugin.wait_for_line("the kubelet has not registered it")
         status, text = fetch(plugin, "/readyz")
         assert status == 503 and "the kubelet has not registered it: UNAVAILABLE" in text
@@ -2843,7 +2840,7 @@ def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> No
         status, text = fetch(plugin, "/healthz")
         bound("a probe beside 100 silent HTTP clients", time.monotonic() - began, 1.0)
         assert status == 200 and re.fullmatch(r"ok: the last poll ended [01]\.\d s ago\.\n", text)
-        kubelet.allocate(R150, [FIRST_BDF])
+        kubelet.allocate(R150, [BDF])
 
 
 def test_listens_on_one_address_or_all() -> None:
@@ -2902,14 +2899,14 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     draft.mkdir()
     kept = list[str]()
     for n in (7, 0, 7):  # at 0 the file is right again before it could be written
-        tree.add(replace(tree.remove(FIRST_BDF), index=n))
+        tree.add(replace(tree.remove(BDF), index=n))
         inventory.poll(101.0 + n)
         assert files.cdi_names(inventory.snapshot.cards) == []
         kept += [keep(), keep()]
         if draft.exists():
             draft.rmdir()
     assert kept[:4] == ["", "", text, text] and cdi_devices(kept[4])["7"] == "/dev/tenstorrent/7"
-    tree.remove(FIRST_BDF)
+    tree.remove(BDF)
     inventory.poll(110.0)
     assert keep() == "" and cdi_devices(file.read_text())["all"] == p300
     tree.remove(P300[0].pci)
@@ -2936,7 +2933,7 @@ def test_files_of_instances(kubelet: Kubelet, tree: Tree, launch: Launch, bound:
     modes = [one.stat().st_mode & 0o777 for path in paths for one in (path, path.parent)]
     assert modes == [0o644, 0o755] * 2, "whoever reads them may be another user"
     kubelet.pre_start(R150, [N150[0].id])
-    tree.add(replace(tree.remove(FIRST_BDF), index=4))
+    tree.add(replace(tree.remove(BDF), index=4))
     until(lambda: paths[0].exists() and "/4" in paths[0].read_text())
     with refused("FAILED_PRECONDITION", "/dev/tenstorrent/0", "delete the Pod"):
         kubelet.pre_start(R150, [N150[0].id])
@@ -3071,7 +3068,7 @@ def test_list(command: list[str], room: Path) -> None:
     cards = json.loads(listed("--json"))
     keys = "id resource model arch device_nodes pci_addresses numa_node board_serial firmware "
     assert {" ".join(card) for card in cards} == {f"{keys}health reason"}
-    place = ["/dev/tenstorrent/0"], [FIRST_BDF], 0, N150[0].serial, "80.17.0.0"
+    place = ["/dev/tenstorrent/0"], [BDF], 0, N150[0].serial, "80.17.0.0"
     facts = N150[0].id, R150, "n150", "wormhole", *place, "Healthy", ""
     assert tuple(cards[0].values()) == facts
     shown = [(one["resource"] or "not offered", one["id"], one["health"]) for one in cards]
