@@ -2030,10 +2030,10 @@ def test_device_nodes_are_looked_at(kubelet: Kubelet, tree: Tree, launch: Launch
         else:
             relink(tree.dev / "tenstorrent" / what, target)
         if " " not in words:
+            kubelet.pre_start(R150, [chip.id])  # of an earlier instance's Allocate
             (device,) = kubelet.allocate(R150, [chip.id])["devices"]
             assert device["container_path"] == f"/dev/tenstorrent/{chip.index}"
             assert device["host_path"] == words
-            kubelet.pre_start(R150, [chip.id])
             continue
         for call in (kubelet.allocate, kubelet.pre_start):
             with refused("FAILED_PRECONDITION", f"card {chip.id} (n150, ", words):
