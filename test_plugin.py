@@ -2276,43 +2276,6 @@ def test_the_lock_goes_last(kubelet: Kubelet, four: Tree, monkeypatch: pytest.Mo
     asyncio.run(main())
 
 
-def lock_holder(kubelet: Kubelet) -> int:
-    """The process that holds the lock on the kubelet's folder, as the kernel says; 0 if none."""
-    inode = kubelet.folder.stat().st_ino
-    found = re.findall(rf"FLOCK .* (\d+) \S+:{inode} 0", Path("/proc/locks").read_text())
-    return int(found[0]) if found else 0
-
-
-# + starts the next instance, a digit ends that one, / is a new kubelet in a new folder.
-@pytest.mark.parametrize("word", ["+0+1", "++01", "++10", "++/10", "+++012", "++0+21"])
-def test_instances(kubelet: Kubelet, four: Tree, launch: Launch, word: str) -> None:
-    """Instances that start and end in any order, all but the second by SIGKILL (story 4): one of
-    them serves while there is one, and only the end of that one reaches the kubelet."""
-    kubelet.start()
-    started, there = list[Plugin](), set[int]()
-    for step in word:
-        mark, holder = kubelet.log.mark(), lock_holder(kubelet)
-        if step == "+":
-            started.append(launch(four, kubelet))
-            there.add(started[-1].process.pid)
-            if holder:
-                started[-1].wait_for_line(STANDING_BY)
-        elif step == "/":
-            next_kubelet(kubelet, new_folder=True)
-            holder = 0
-        else:
-            there.remove(started[int(step)].process.pid)
-            started[int(step)].end(signal.SIGTERM if step == "1" else signal.SIGKILL)
-        if holder in there:
-            kubelet.log.never(lambda event: True, 0.1, mark)
-            assert lock_holder(kubelet) == holder
-        elif there:
-            kubelet.wait_status(R150, 4, 4, after=mark)
-            assert lock_holder(kubelet) in there
-            registered = kubelet.seen("register", after=mark)
-            assert sockets(kubelet) == [event["endpoint"] for event in registered]
-
-
 def test_stale_sockets(kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Launch) -> None:
     """Story 20: what a killed instance has left goes away; sockets of others, those at which
     somebody listens, and what is no socket, do not. Only who listens accepts connections."""
@@ -2918,7 +2881,8 @@ def test_kept_files(room: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_files_of_instances(kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound) -> None:
     """A folder that hangs costs no card, and not the end. With CDI a card whose N has changed is
-    refused. One that stands by is ready, and leaves the files alone. They go with the last."""
+    refused. Instances that stand by are ready, and leave files and kubelet alone, until one of them
+    takes over (story 4). The files go with the last."""
     tree.add(replace(N150[0], by_id=True))
     paths = [kubelet.root / "cdi" / CDI, kubelet.root / "labels/tt-device-plugin"]
     flags = [f"--cdi-dir={paths[0].parent}", f"--labels-dir={paths[1].parent}"]
@@ -2938,18 +2902,22 @@ def test_files_of_instances(kubelet: Kubelet, tree: Tree, launch: Launch, bound:
     with refused("FAILED_PRECONDITION", "/dev/tenstorrent/0", "delete the Pod"):
         kubelet.pre_start(R150, [N150[0].id])
     before = [path.stat() for path in paths]
-    others = [launch(tree, kubelet, *flags, "--listen=127.0.0.1:0") for _ in range(2)]
+    others = [launch(tree, kubelet, *flags, HTTP) for _ in range(3)]
     for other in others:
         other.wait_for_line("standing by")
         other.wait_for_line(f"{N150[0].id} .* is Healthy")
         status, text = fetch(other, "/readyz")
         assert status == 200 and text.startswith("another instance serves")
-    others[0].end()
+    others.pop().end()
     assert [path.exists() and path.stat() for path in paths] == before
+    assert [len(kubelet.seen(event)) for event in ("register", "stream_end")] == [2, 1]
+    mark = kubelet.log.mark()
     first.end()
-    others[1].wait_for_line("registered")
+    kubelet.wait_status(R150, 1, 1, after=mark)
     until(lambda: all(path.exists() for path in paths))
-    others[1].end()
+    assert sockets(kubelet) == [one["endpoint"] for one in kubelet.seen("register", after=mark)]
+    for other in others:
+        other.end()
     assert not [path for path in paths if path.exists()]
 
 
