@@ -2215,6 +2215,7 @@ def test_registers(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, w
     for one in (request["options"], *kubelet.seen("options")):
         assert {name: one[name] for name in OPTIONS} == OPTIONS
     assert kubelet.ids(R150) == ID and len(kubelet.seen("devices")) == 1
+    assert kubelet.hints(R150, 2) == [[0], [1], [0, 1]]
     assert sockets(kubelet) == [request["endpoint"]] and len(kubelet.seen("register")) == 1
 
 
