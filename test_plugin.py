@@ -1068,15 +1068,6 @@ def bound() -> Iterator[Bound]:
         pytest.skip("; ".join(busy))
 
 
-pytest_plugins = [__name__]  # for this hook
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The table of symptoms looks at what the other tests made the plugin say: it comes last."""
-    items.sort(key=lambda item: item.name == "test_readme_symptoms")
-
-
 # ==== Tests of the wire and of the fake kubelet ===================================================
 
 X = "example.com/x"
@@ -3524,19 +3515,6 @@ def test_readme_facts(every_metric: str) -> None:
     assert set(re.findall(r"tt-device-plugin:(\d+\.\d+\.\d+)", README)) == {tt.__version__}
 
 
-def test_readme_symptoms(request: pytest.FixtureRequest) -> None:
-    """Each symptom in README's table is what the plugin said in some other test of this run ("..."
-    stands for anything)."""
-    everything = {name for name in globals() if name.startswith("test_")}
-    ran = {getattr(item, "originalname", "") for item in request.session.items}
-    if missing := everything - ran:
-        pytest.skip(f"only a part of the tests runs, without {len(missing)} such as {min(missing)}")
-    said = "\n".join(SAID)
-    symptoms = [in_code(row[0])[0] for row in table("symptom")]
-    patterns = {one: ".+".join(map(re.escape, one.split("..."))) for one in symptoms}
-    assert [one for one in symptoms if not re.search(patterns[one], said)] == []
-
-
 # Without Kubernetes: CDI, as podman reads it. In a mount namespace of its own with an empty /run,
 # so that no other spec or container is in the way. As hardly any container lets one raise limits,
 # they stay what they are. runc, as crun refuses some hosts' cgroups.
@@ -3565,3 +3543,16 @@ def test_podman_takes_the_cdi_spec(kubelet: Kubelet, launch: Launch, room: Path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == nodes.split(), done.stdout
     plugin.end()  # so that it removes what it made up
+
+
+def test_readme_symptoms(request: pytest.FixtureRequest) -> None:
+    """Each symptom in README's table is what the plugin said in some other test of this run ("..."
+    stands for anything): this is the last one."""
+    everything = {name for name in globals() if name.startswith("test_")}
+    items = request.session.items[: request.session.items.index(request.node) + 1]
+    if missing := everything - {getattr(item, "originalname", "") for item in items}:
+        pytest.skip(f"only a part of the tests runs, without {len(missing)} such as {min(missing)}")
+    said = "\n".join(SAID)
+    symptoms = [in_code(row[0])[0] for row in table("symptom")]
+    patterns = {one: ".+".join(map(re.escape, one.split("..."))) for one in symptoms}
+    assert [one for one in symptoms if not re.search(patterns[one], said)] == []
