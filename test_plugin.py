@@ -802,16 +802,11 @@ NODES = ("/dev/null", "/dev/zero")  # for tests in which chips must not look ali
 R150, R300 = "tenstorrent.com/n150", "tenstorrent.com/n300"
 
 
-class Line(NamedTuple):
-    t: float
-    text: str
-
-
 class Plugin:
-    """A running plugin process. Its log has the lines of its stderr, each with its time."""
+    """A running plugin process. Its log has the lines of its stderr."""
 
     def __init__(self, command: Sequence[str], **popen: Any) -> None:
-        self.log: Log[Line] = Log("the plugin")
+        self.log: Log[str] = Log("the plugin")
         self.started = time.monotonic()
         self.ended = 0.0
         options = {"stderr": subprocess.PIPE, "text": True, "env": environment(), **popen}
@@ -821,22 +816,20 @@ class Plugin:
 
     def read(self) -> None:
         assert self.process.stderr
-        for line in self.process.stderr:
-            self.log.append(Line(time.monotonic(), line.rstrip("\n")))
-            SAID.add(line.rstrip("\n"))
+        for line in (each.rstrip("\n") for each in self.process.stderr):
+            self.log.append(line)
+            SAID.add(line)
         self.process.wait()
         self.ended = time.monotonic()
         self.log.append(closed=True)
 
-    def wait_for_line(self, pattern: str, timeout: float = 5.0, after: int = 0) -> Line:
+    def wait_for_line(self, pattern: str, timeout: float = 5.0) -> str:
         """The first line that matches; case does not matter."""
-        match = re.compile(pattern, re.IGNORECASE).search
-        return self.log.wait_for(lambda line: match(line.text), timeout, after, pattern)
+        return self.log.wait_for(re.compile(pattern, re.IGNORECASE).search, timeout, 0, pattern)
 
-    def lines(self, pattern: str = "", after: int = 0) -> list[str]:
+    def lines(self, pattern: str = "") -> list[str]:
         """The lines so far that match."""
-        match = re.compile(pattern, re.IGNORECASE).search
-        return [line.text for line in self.log.items[after:] if match(line.text)]
+        return self.log.seen(re.compile(pattern, re.IGNORECASE).search)
 
     def send(self, number: signal.Signals) -> float:
         sent = time.monotonic()
@@ -2560,7 +2553,7 @@ INFO told to stop, and done"""
 def fetch(server: Plugin | str, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
     """Status and text of a page of a plugin, or of the server that has said which port it has."""
     if isinstance(server, Plugin):
-        server = server.wait_for_line('(INFO |")HTTP on port').text
+        server = server.wait_for_line('(INFO |")HTTP on port')
     port = int(re.findall(r"port (\d+)", server)[0])
     with contextlib.closing(http.client.HTTPConnection(host, port, timeout=10)) as client:
         client.request("GET", path)
@@ -2603,7 +2596,7 @@ def test_incident(kubelet: Kubelet, tree: Tree, launch: Launch, style: str) -> N
     assert f"registered resource={R150} 0" in told(fetch(plugin, "/metrics")[1])
     kubelet.start()
     # A kubelet that is being killed may still take the connection of one more try.
-    again = plugin.wait_for_line("cause: (stream-ended|register-failed)").text
+    again = plugin.wait_for_line("cause: (stream-ended|register-failed)")
     cause = re.findall(r"cause: ([a-z-]+)", again)[0]
     page = " ".join(told(fetch(plugin, "/metrics")[1], "regist")).replace(f" resource={R150}", "")
     assert page == "registered 1 {0}start 1 {0}{1} 1".format("registrations_total cause=", cause)
@@ -3442,7 +3435,7 @@ def test_manifest_waits_for_the_file(room: Path) -> None:
             waiting.wait_for_line(r"tt-device-plugin\.pyz")
             if copied:
                 (room / "draft").rename(room / "tt-device-plugin.pyz")
-                line = waiting.wait_for_line("^RUNS", timeout=30).text
+                line = waiting.wait_for_line("^RUNS", timeout=30)
                 assert "--listen" in line and len(waiting.lines()) == 2, waiting.lines()
                 (room / "tt-device-plugin.pyz").unlink()
             else:
@@ -3465,7 +3458,7 @@ def test_made_up_cards(kubelet: Kubelet, launch: Launch) -> None:
     assert not kubelet.seen("conflict") and len(answers[1]["mounts"]) == 1
     for resource, ids in answers[1]["ids"].items():
         kubelet.pre_start(resource, ids)
-    place = Path(plugin.wait_for_line("made-up cards in").text.split(" in ")[1].split(":")[0])
+    place = Path(plugin.wait_for_line("made-up cards in").split(" in ")[1].split(":")[0])
     (place / "sys/class/tenstorrent/tenstorrent!0").unlink()
     kubelet.wait_status(R150, 196, 195)
     assert plugin.end()[0] == 0 and not place.exists() and not sockets(kubelet)
