@@ -2087,7 +2087,7 @@ def test_hostile_calls(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Boun
             assert call.code().name not in ("DEADLINE_EXCEEDED", "UNAVAILABLE"), data[:20]
             assert call.code().name == "OK" or call.details(), data[:20]
         watch, times = rpc.DevicePluginStub(enemy).ListAndWatch, []
-        streams = [watch(api.Empty()) for _ in range(200)]
+        streams = [watch(api.Empty(), timeout=60) for _ in range(200)]
         assert {len(next(stream).devices) for stream in streams} == {4}
         calls = [send(enemy, b"") for _ in range(1000)]
         for _ in range(40):
