@@ -721,15 +721,12 @@ class Tree:
             tt.lay_out(self.root, chip, chip.target)
 
     def remove(self, bdf: str, driver: str = "") -> Chip:
-        """The chip goes, by hot-unplug or reset: sysfs, device node, and the folder with the last.
-        With another driver's name its PCI function stays, bound to that."""
+        """The chip goes, by hot-unplug or reset: from sysfs, and its device node. With another
+        driver's name its PCI function stays, bound to that."""
         with self.lock:
             (self.sys / "class/tenstorrent" / self.entry(bdf).name).unlink()
             self.node(bdf).unlink()
             (self.by_id / self.chips[bdf].id).unlink(missing_ok=True)
-            for folder in (self.by_id, self.by_id.parent):
-                with contextlib.suppress(OSError):  # there is another one in it, or it is not there
-                    folder.rmdir()
             if driver:
                 shutil.rmtree(self.pci(bdf) / "tenstorrent")
                 (self.sys / "bus/pci/drivers" / driver).mkdir(parents=True)
