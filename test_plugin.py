@@ -945,6 +945,7 @@ def refused(code: str, *words: str) -> Iterator[None]:
 
 Launch = Callable[..., Plugin]
 Puppets = Callable[..., Puppet]
+COMMAND = [sys.executable, str(HERE / "tt_device_plugin.py")]  # the plugin that is read here
 LONG = bool(os.environ.get("TT_TEST_LONG"))  # ./build.sh test --long
 
 long_only = pytest.mark.skipif(not LONG, reason="takes long: ./build.sh test --long")
@@ -982,13 +983,7 @@ def four(tree: Tree) -> Tree:
 
 
 @pytest.fixture
-def command() -> list[str]:
-    """How to run the plugin that is read here."""
-    return [sys.executable, str(HERE / "tt_device_plugin.py")]
-
-
-@pytest.fixture
-def launch(command: list[str]) -> Iterator[Launch]:
+def launch() -> Iterator[Launch]:
     """Start plugins: launch(tree, kubelet, "--more", "flags"). They end with the test. With
     offers=N the kubelet, started if need be, has so many n150 from it when this returns."""
     with contextlib.ExitStack() as stack:
@@ -998,7 +993,7 @@ def launch(command: list[str]) -> Iterator[Launch]:
         ) -> Plugin:
             if offers and not kubelet.process:
                 kubelet.start()
-            words = [*command, "--kubelet-dir", str(kubelet.root), *(tree.flags if tree else [])]
+            words = [*COMMAND, "--kubelet-dir", str(kubelet.root), *(tree.flags if tree else [])]
             mark, plugin = kubelet.log.mark(), Plugin([*words, *flags], **popen)
             stack.enter_context(contextlib.closing(plugin))
             if offers:
@@ -2978,34 +2973,34 @@ def test_flags(line: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert place in said and text.removeprefix("p100=1,") in said, said
 
 
-def test_usage(command: list[str]) -> None:
+def test_usage() -> None:
     """--help and README name each flag, README with its variable, and nothing there is run with
     another. What cannot be meant is exit code 2, and a sentence that has it."""
     find = re.compile(r"(?<![\w-])--[a-z-]+").findall
     names = [*(line.split()[0] for line in FLAGS), "--json"]
     expected = {name: [f"TT_DEVICE_PLUGIN_{name[2:].upper().replace('-', '_')}"] for name in names}
     expected |= {"--help": [], "--version": []}
-    assert {*find(run(command, "--help", COLUMNS="200").stdout)} == expected.keys()
+    assert {*find(run(COMMAND, "--help", COLUMNS="200").stdout)} == expected.keys()
     rows = table("flag")
     assert {flag: in_code(row[1]) for row in rows for flag in find(row[0])} == expected
     ran = re.findall(r"(?:\.pyz|^\./build\.sh run) (--.*)$", README, re.M)
     assert ran and {*find(" ".join(ran + container_of(FILE_MANIFEST)["args"]))} <= expected.keys()
     wrongs = f"--json;--list --dry-run;surplus;--kubelet;--kubelet-dir=/{'k' * 60}"
     for wrong in wrongs.split(";"):
-        done = run(command, *wrong.split())
+        done = run(COMMAND, *wrong.split())
         said = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and wrong.split()[-1].split("=")[0] in said, said
     assert "is 10 bytes too long for the paths of sockets in it" in said
     assert [row[0] for row in table("exit code")] == ["0", "1", "2"]  # 0 and 1: the next two tests
 
 
-def test_list(command: list[str], room: Path) -> None:
+def test_list(room: Path) -> None:
     """JSON as the design has it; in columns a card is a line, and its reason stands below. No card
     is an answer."""
     tree = Tree(room)
 
     def listed(*flags: str) -> str:
-        done = run(command, *tree.flags, "--list", *flags)
+        done = run(COMMAND, *tree.flags, "--list", *flags)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -3032,13 +3027,13 @@ def test_list(command: list[str], room: Path) -> None:
     assert "device node /dev/tenstorrent/2 is missing" in below[0] and "vfio-pci" in below[1]
 
 
-def test_dry_run(command: list[str], four: Tree, kubelet: Kubelet) -> None:
+def test_dry_run(four: Tree, kubelet: Kubelet) -> None:
     """The five steps of README on this node's cards. No kubelet notices, and no file is written.
     Where it fails, it says after which step."""
     kubelet.start()
     mark = kubelet.log.mark()
     own = [f"--kubelet-dir={kubelet.root}", f"--cdi-dir={kubelet.root}/cdi"]
-    done = run(command, *four.flags, *own, "--dry-run")
+    done = run(COMMAND, *four.flags, *own, "--dry-run")
     assert (done.returncode, done.stderr) == (0, ""), done
     steps = dict.fromkeys(re.findall(r"^([1-9])\. ", done.stdout, re.M))
     assert list(steps) == list("12345") and done.stdout.endswith("\nEvery step held.\n")
@@ -3048,7 +3043,7 @@ def test_dry_run(command: list[str], four: Tree, kubelet: Kubelet) -> None:
     for chip in N150:
         four.node(chip.pci).unlink()
     for flags, step in ([], "3. ListAndWatch: "), (["--sysfs-root=/nowhere"], "1. Discover: "):
-        done = run(command, *four.flags, *flags, "--dry-run")
+        done = run(COMMAND, *four.flags, *flags, "--dry-run")
         assert done.returncode == 1 and "\nFAILED after the step above: " in done.stdout
         assert done.stdout.split("\n\n")[-2].lstrip().startswith(step), done
 
@@ -3071,18 +3066,18 @@ def test_fake_tree_of_every_model(room: Path) -> None:
 
 
 @pytest.mark.parametrize(("uid", "later"), [(0, False), (0, True), (65534, False)])
-def test_no_rights(command: list[str], four: Tree, kubelet: Kubelet, uid: int, later: bool) -> None:
+def test_cannot_work(four: Tree, kubelet: Kubelet, uid: int, later: bool) -> None:
     """Without the right to make sockets, at the start or when the folder is made anew: exit code 1,
     and a sentence that names folder, user and remedy. No file is left."""
     user = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     user += [f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
-    if os.getuid() or finish([*user, *command, "--version"]).returncode:
+    if os.getuid() or finish([*user, *COMMAND, "--version"]).returncode:
         pytest.skip(f"needs setpriv, root, and an interpreter that uid {uid} can read")
     file, flags = kubelet.root / "cdi" / CDI, ["--kubelet-dir", str(kubelet.root), *four.flags]
     kubelet.folder.mkdir(mode=0o750, parents=True)
     if not later:
         os.chown(kubelet.folder, 65533, 65533)
-    words = [*user, *command, *flags, f"--cdi-dir={file.parent}"]
+    words = [*user, *COMMAND, *flags, f"--cdi-dir={file.parent}"]
     with contextlib.closing(Plugin(words)) as plugin:
         if later:
             until(file.exists)
