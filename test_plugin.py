@@ -2041,16 +2041,6 @@ def test_renumbered(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
         kubelet.start_container("linked")
 
 
-def next_kubelet(kubelet: Kubelet, new_folder: bool = False, **settings: Any) -> float:
-    """The kubelet is killed, and another one starts. How soon that has the cards."""
-    mark = kubelet.log.mark()
-    kubelet.kill()
-    if new_folder:
-        kubelet.delete_folder()
-    kubelet.start(**settings)
-    return kubelet.wait_status(R150, 4, 4, after=mark) - kubelet.answering
-
-
 def dial(kubelet: Kubelet) -> grpc.Channel:
     """A connection to the plugin's one socket, beside the kubelet's."""
     (name,) = sockets(kubelet)
@@ -2225,7 +2215,10 @@ def test_goes_round(
     plugin.wait_for_line(f"{R150}: the kubelet has not registered it: UNIMPLEMENTED: the fake kub")
     many = len(times) + 2
     kubelet.log.wait_for(lambda _: len(kubelet.seen("register")) > many, 5, 0, "more tries")
-    seconds = next_kubelet(kubelet, faults={"register_fails": 1})
+    mark = kubelet.log.mark()
+    kubelet.kill()
+    kubelet.start(faults={"register_fails": 1})
+    seconds = kubelet.wait_status(R150, 4, 4, after=mark) - kubelet.answering
     bound("a better kubelet answers: registered", seconds, AGAIN_S)
 
 
@@ -2426,7 +2419,11 @@ def test_stops(
         first = launch(four, kubelet, *flags, "--poll-seconds=60")
         first.wait_for_line(STANDING_BY)
         plugin.send(signal.SIGSTOP)
-        next_kubelet(kubelet, new_folder=True)
+        mark = kubelet.log.mark()
+        kubelet.kill()
+        kubelet.delete_folder()
+        kubelet.start()
+        kubelet.wait_status(R150, 4, 4, after=mark)
         plugin.send(signal.SIGCONT)
         plugin.wait_for_line(STANDING_BY)
         mine = sockets(kubelet)
