@@ -150,9 +150,8 @@ async def splice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 class FakeKubelet:
-    """The kubelet's device manager. It sends the test what it sees or decides, one dict each.
-
-    A method do_x(...) is what a test calls as kubelet.x(...)."""
+    """The kubelet's device manager. It sends the test what it sees or decides, one dict each. A
+    method do_x(...) is what a test calls as kubelet.x(...)."""
 
     def __init__(self, pipe: Connection, root: Path, generation: str) -> None:
         self.pipe, self.old, self.host = pipe, generation == "1.20", root.parent
@@ -258,9 +257,8 @@ class FakeKubelet:
         return api.Empty()
 
     async def dial(self, client: Client) -> str:
-        """What went wrong, if anything, which 1.20 logs and tells nobody. It dials later, and takes
-        the options of the request. The newest client of a resource takes the place of the one
-        before, whose stream stays."""
+        """What went wrong, if anything. 1.20 tells nobody, dials later, and takes the request's
+        options. A resource's newest client replaces the one before, whose stream stays."""
         try:
             if self.old:
                 await asyncio.sleep(self.dial_delay)
@@ -538,9 +536,8 @@ def fits(event: str, fields: Event) -> Fits:
 
 
 class Kubelet:
-    """A fake kubelet on one folder, over any number of its lives: start, stop, kill, start again.
-
-    Most methods that wait take `after`, a position of `log.mark()`."""
+    """A fake kubelet on one folder, over any number of its lives: start, kill, start again. Most
+    methods that wait take `after`, a position of `log.mark()`."""
 
     def __init__(self, root: Path, generation: str = "1.36") -> None:
         self.root, self.generation, self.folder = root, generation, root / "device-plugins"
@@ -1032,10 +1029,9 @@ def cpu_pressure() -> float:
 
 @pytest.fixture
 def bound() -> Iterator[Bound]:
-    """bound("stream dropped to registered", seconds, 0.1): a promised time, as it was promised.
-
-    If the machine was busy since the test or the last call began, a time that is over by less than
-    a factor of ten is not held against the plugin: the test goes on, and ends as skipped."""
+    """bound("stream dropped to registered", seconds, 0.1): a promised time, as it was promised. If
+    the machine was busy since the test or the last call began, one that is over by less than a
+    factor of ten is not held against the plugin: the test goes on, and ends as skipped."""
     before, busy = (time.monotonic(), cpu_pressure()), list[str]()
 
     def check(what: str, seconds: float, promised: float) -> None:
