@@ -2822,15 +2822,11 @@ def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> No
         plugin.wait_for_line("registered tenstorrent")
         assert fetch(plugin, "/readyz") == (200, f"{R150}: registered\n")
         assert fetch(plugin, "/") == (404, "no such page; there are /healthz, /readyz, /metrics\n")
-        nonsense: tuple[bytes, ...] = (
-            b"\0\xff" * 400 + b"\r\n\r\n",
-            b"GET / HTTP/9.9\r\n\r\n",
-            b"A" * 70_000,
-        )
+        nonsense = [b"\0\xff" * 400 + b"\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"A" * 70_000]
         head = b"".join(b"x%d: %s\r\n" % (n, b"a" * 65_000) for n in range(90))
-        nonsense += (b"POST / HTTP/1.0\r\n" + head,) * 10
+        nonsense += [b"GET / HTTP/1.1\r\n" + head + b"\r\n"] * 10
         before = private_memory(plugin)
-        for sent in nonsense + (b"", b"GET /metr") * 50:
+        for sent in nonsense + [b"", b"GET /metr"] * 50:
             client = stack.enter_context(socket.create_connection(address, timeout=10))
             with contextlib.suppress(ConnectionError):  # it has heard enough
                 client.sendall(sent)
