@@ -2198,6 +2198,8 @@ def test_registers(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, w
     assert kubelet.ids(R150) == ID and len(kubelet.seen("devices")) == 1
     assert kubelet.hints(R150, 2) == [[0], [1], [0, 1]]
     assert sockets(kubelet) == [request["endpoint"]] and len(kubelet.seen("register")) == 1
+    mode = (kubelet.folder / request["endpoint"]).stat().st_mode
+    assert stat.S_IMODE(mode) == 0o700, "for root alone"
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 
 What the kubelet expects of a device plugin, in five steps (README.md has the diagram):
 
-1. **Discover.** Find the cards of this node and judge their health; here once a second, in sysfs.
+1. **Discover.** Find the cards of this node and judge their health; here once a second, in sysfs
+   (sections 3 to 5).
 2. **Register.** Serve the DevicePlugin service on a Unix socket beside the kubelet's own, and tell
-   the kubelet the socket's name and the resource, such as `tenstorrent.com/n150`.
+   the kubelet the socket's name and the resource, such as `tenstorrent.com/n150` (section 7).
 3. **ListAndWatch.** The kubelet opens one stream and keeps it. Each message is the whole list. New
-   Pods get Healthy cards only; a Pod that runs is left alone, whatever becomes of its cards.
+   Pods get Healthy cards only; a Pod that runs is left alone, whatever becomes of its cards (6).
 4. **Allocate.** Once for each container that asks for cards, when its Pod is admitted: its device
    nodes, environment and mounts. The kubelet repeats the answer at each restart of the container.
 5. **PreStartContainer.** Before each start and restart of it: are its cards there and healthy?
@@ -22,14 +23,16 @@ What this plugin guarantees beyond that:
 - A read that hangs costs its own card only, and no call waits for a read.
 
 What it does not do: it opens no device node, resets no card, wipes no memory between Pods, and
-asks nobody but the kubelet. It knows of a card's health only what the driver shows in sysfs.
+talks to nobody but the kubelet. It knows of a card's health only what the driver shows in sysfs.
 
 The one idea: a thread reads sysfs into an immutable snapshot, and everything else reads the newest
-snapshot. Decisions are functions of what was read, what is remembered, and `now`.
+snapshot. Decisions are functions of what was read, what is remembered, and `now`. Three kinds of
+threads: one for each chip's reads, one that polls, and the event loop, which serves the kubelet.
 
 Words: a *chip* is one PCIe device, /dev/tenstorrent/N. A *card* is what a Pod gets: one chip, or
-the two of a p300. The *device node* is the file; *node* alone is the Kubernetes node. A *snapshot*
-holds the cards, each with its *verdict* and the *reason* for it.
+the two of a p300. It is *offered* if the kubelet is told of it, under a resource. The *device node*
+is the file; *node* alone is the Kubernetes node. A *snapshot* holds the cards, each with its
+*verdict* and the *reason* for it.
 """
 
 from __future__ import annotations
@@ -312,6 +315,7 @@ class Discovery:
         made up when the folder comes into the cache."""
         folder = self.folder(index)
         with contextlib.suppress(OSError):  # it has just vanished
+            # In a copied tree the entry is a plain folder; its link `device` lacks the bridges.
             link = os.readlink(folder if os.path.islink(folder) else f"{folder}/device")
             *above, pci = PCI_PATH.findall(link) or [""]
             if PCI_ADDRESS.fullmatch(pci):
@@ -319,7 +323,7 @@ class Discovery:
         return None
 
     def pci_functions(self, known: set[str]) -> Iterable[tuple[Chip, str]]:
-        """Tenstorrent's PCI functions but those at `known` addresses, each with its PCI driver's
+        """Tenstorrent's PCI functions except those at `known` addresses, each with its PCI driver's
         name, or "none". Raises OSError."""
         folder, addresses = f"{self.sysfs}/bus/pci/devices", list[str]()
         with contextlib.suppress(FileNotFoundError):
@@ -370,7 +374,7 @@ class Discovery:
 
     def read_health(self, chip: Chip) -> Reading:
         """One look at a chip's heartbeat and device node. A driver before 2.7 has no heartbeat, and
-        could oops the kernel when read from while a chip goes (tt-kmd a972eed): opening a file that
+        a read while the chip goes away could oops the kernel (tt-kmd a972eed): opening a file that
         is not there does not reach the driver."""
         heartbeat, fault, detail = None, "", ""
         try:
@@ -457,7 +461,7 @@ class HealthHistory:
             # Without the old heartbeat: the first one after a reset differs, and proves nothing.
             self.failure, self.recovery_beats, self.heartbeat = kind, 1, None
         elif reading.heartbeat is None:  # a driver before 2.7 or firmware has none, or not read
-            # Of a chip that goes, the driver takes the files first (tt-kmd enumerate.c, 2.7.0).
+            # When a chip goes away, the driver removes its files first (tt-kmd enumerate.c, 2.7.0).
             if not kind and self.heartbeat is not None:
                 kind = "gone"
         elif reading.heartbeat != self.heartbeat:
@@ -469,7 +473,7 @@ class HealthHistory:
             if self.equal_reads >= HEARTBEAT_READS and now - self.changed_at > HEARTBEAT_S:
                 # Two: one alone could be the last of a dying chip.
                 self.failure, self.recovery_beats = "hung", 2
-        if kind in ("", *HARMLESS):
+        if kind in ("", *HARMLESS):  # else what is seen now counts before what is remembered
             kind = chip.unknown or (self.failure if self.recovery_beats else kind)
         if kind == "pending" and now - self.appeared > TELEMETRY_S:
             kind = "no-telemetry"
@@ -498,21 +502,22 @@ def judge_card(members: Sequence[Judged], away: Sequence[Chip]) -> Verdict:
     return worst
 
 
-def make_card(members: Sequence[Judged], known: Card | None, settings: Settings) -> Card:
-    """The card that `members` make up. `known` is the card of this ID as it was offered before."""
+def make_card(members: Sequence[Judged], before: Card | None, settings: Settings) -> Card:
+    """The card that `members` make up. `before` is the card of this ID as it was offered last, if
+    ever: it stays offered, Unhealthy where another card would be left out."""
     first, chips = members[0][0], [chip for chip, _ in members]
-    away = [chip for chip in known.chips if chip.id != first.id] if known else []
+    away = [chip for chip in before.chips if chip.id != first.id] if before else []
     verdict = judge_card(members, away)
     if verdict.kind == "half":  # go on to show the chip that is away
         chips = sorted([*chips, *away], key=lambda chip: chip.pci)
     model = first.arch if first.card_type == "unknown" else first.card_type
     if not settings.variants:
         model = re.sub(r"^(p\d+)[abc]$", r"\1", model)
-    if known:  # it stays listed, under the model that it had
-        model = known.model if first.unknown else model
+    if before:
+        model = before.model if first.unknown else model
         if verdict.health == PENDING:
             verdict = replace(verdict, health=UNHEALTHY)
-    offered = bool(known) or (verdict.health != PENDING and not first.unknown)
+    offered = bool(before) or (verdict.health != PENDING and not first.unknown)
     resource = f"{settings.resource_domain}/{model}" if offered else None
     return Card(first.card_id, model, resource, tuple(chips), verdict)
 
@@ -558,8 +563,8 @@ class ChipReader:
             return False
         self.idle.clear()
         self._requests.put(True)
-        # Chip after chip, as all threads at once would cost three times the CPU time, but so
-        # shortly that chips that hang do not add up.
+        # Chip after chip: all threads at once would cost three times the CPU time. Chips that hang
+        # do not add up in so short a time.
         self.idle.wait(0.002)
         return True
 
@@ -615,7 +620,7 @@ class Inventory:
 
     def poll(self, now: float) -> Snapshot:
         """One pass: find the chips, read, judge, publish. Returns the snapshot, after 2 s and a bit
-        at most. Raises OSError for no chip's fault, such as a lack of file descriptors."""
+        at most. Raises OSError for what no chip caused, such as too few file descriptors."""
         found = {chip.class_device: chip for chip in self.discovery.chips()}
         for each in self.readers.keys() - found.keys():
             self.readers.pop(each).end()
@@ -671,7 +676,7 @@ class Inventory:
 # device nodes, which never reaches the driver.
 
 HUGEPAGES = "/dev/hugepages-1G"  # where tt-umd hugepage.cpp insists on 1 GiB pages in a container
-# Announced twice: kubelet 1.20 takes them from Register, 1.32 from GetDevicePluginOptions.
+# Announced twice: kubelet 1.20 takes them from Register, later ones from GetDevicePluginOptions.
 OPTIONS = api.DevicePluginOptions(pre_start_required=True, get_preferred_allocation_available=True)
 
 
@@ -857,7 +862,8 @@ class DevicePlugin(rpc.DevicePluginServicer):
             names = self.shared.cdi_names(cards)
             one.cdi_devices.extend(api.CDIDevice(name=name) for name in names)
             answer.container_responses.append(one)
-            if names:  # CDI takes no links: a card that has moved would be two nodes for one chip
+            # The answer has both. CDI takes no links, so a card that moves would be two nodes.
+            if names:
                 paths = {card.id: card.device_nodes for card in cards}
             allocated |= paths
         self.shared.allocated |= allocated
@@ -891,8 +897,8 @@ PACE_S = 0.05
 REGISTER_S = 12.0
 STREAM_S = 5.0  # how soon after Register the kubelet must open its stream
 # Pause before the same kubelet is tried again: 4 ms, doubled each time, up to FAILED_S after a
-# registration that failed, and DROPPED_S after a stream of less than a second. Another kubelet,
-# which has another kubelet.sock, is tried at once.
+# registration that failed, and DROPPED_S after one that held for less than a second. Another
+# kubelet, which has another kubelet.sock, is tried at once.
 FAILED_S, DROPPED_S = 5.0, 0.03
 STOP_S = 0.2  # grace for calls under way when a server stops; its streams end by themselves
 REQUEST_BYTES = 256 * 1024  # largest request: ten times the IDs of the largest node
@@ -971,8 +977,8 @@ class InstanceLock:
 
 
 def file_id(path: Path) -> str:
-    """Device, inode and time of change of a file: the next kubelet's socket has others. "" if there
-    is no such file. Raises OSError."""
+    """Device, inode and time of a file's last change: the next kubelet's socket has others. "" if
+    there is no such file. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         status = os.stat(path)
         return f"{status.st_dev} {status.st_ino} {status.st_mtime_ns}"
@@ -1037,7 +1043,7 @@ class Registrar:
         self.folder = shared.inventory.settings.plugin_dir
         self.kubelet = self.folder / "kubelet.sock"
         self.lock = InstanceLock(self.folder)
-        self._streams: dict[str, asyncio.Task[Any]] = {}  # resource -> the newest one's task
+        self._streams: dict[str, asyncio.Task[Any]] = {}  # resource -> its newest stream
         self._waiting = LogOnChange()  # for the folder, another instance's end, or a kubelet
         self._refused: dict[str, LogOnChange] = {}  # resource -> why it was not registered
 
@@ -1060,8 +1066,9 @@ class Registrar:
                 for resource in [each for each in resources if each not in tasks]:
                     tasks[resource] = asyncio.create_task(self.run_resource(resource))
                 for resource in tasks.keys() - set(resources):
-                    await cancel_and_wait([tasks.pop(resource)])
-                # Under "", which is no resource: the line above ends it in the next round.
+                    await cancel_and_wait([tasks[resource]])
+                    del tasks[resource]
+                # Its name "" is no resource's, so the loop above ends it in the next round.
                 tasks[""] = asyncio.create_task(changed.wait())
                 done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -1074,7 +1081,8 @@ class Registrar:
         refused = self._refused[resource] = LogOnChange()
         kubelet, cause, problem, tries = "", "start", "", 0
         while True:
-            backoff = min(FAILED_S if problem else DROPPED_S, 0.002 * 2**tries) if tries else 0.0
+            longest = FAILED_S if problem else DROPPED_S
+            backoff = min(longest, 0.002 * 2**tries) if tries else 0.0
             last, kubelet = kubelet, await self.wait_for_kubelet(kubelet, backoff)
             tries = tries if kubelet == last else 0
             began = time.monotonic()
@@ -1157,7 +1165,7 @@ async def serve(settings: Settings) -> None:
     os.umask(0o077)  # sockets for root alone: the folder may be open to more
     inventory, files = Inventory(settings), KeptFiles(settings)
     registrar = Registrar(Shared(inventory, preferred_allocation, files.cdi_names))
-    registrar.lock.try_acquire()
+    registrar.lock.try_acquire()  # now, so that the first poll knows whether to keep files
 
     def keep_files(old: Snapshot, new: Snapshot) -> None:
         if registrar.lock.held:  # two instances would overwrite each other's
@@ -1182,7 +1190,7 @@ async def serve(settings: Settings) -> None:
 
 
 # You can stop reading here: that was the whole plugin. What follows is an appendix. serve() passes
-# each part of it in, and each can be taken out.
+# A to C in, and each can be taken out; D is the command line, which calls serve().
 
 
 # ==== A. Preferred allocation: which of the free cards suit one container best ====================
@@ -1416,8 +1424,8 @@ class Metrics:
             return
         if reader.history.heartbeat is not None:
             add("heartbeat_age_seconds", now - reader.history.changed_at, **of)
-        # Of an old driver nothing is read, see read_health. Of a chip whose reads hang neither, and
-        # if it begins to hang in here, one scrape waits, and the others do without it.
+        # No sensor is read of an old driver, see read_health, nor of a chip whose reads hang. If it
+        # begins to hang in here, one scrape waits, and the others do without it.
         version = [int(part) for part in re.findall("[0-9]+", self.inventory.snapshot.driver)]
         if version >= [2, 7] and reader.idle.is_set() and reader not in self._reading:
             self._reading.add(reader)
@@ -1475,12 +1483,12 @@ def open_port(address: tuple[str, int], pages: Mapping[str, Callable[[], tuple[i
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # 15 ms, only if wanted
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 5  # for a client that says nothing
+        timeout, most = 5, threading.active_count() + 300  # seconds of silence; threads
 
         def setup(self) -> None:
             super().setup()
             # 100 headers of 64 KiB would fill the memory, and polls need file descriptors, too.
-            head = self.connection.recv(8192) if threading.active_count() < 300 else b""
+            head = self.connection.recv(8192) if threading.active_count() < self.most else b""
             self.rfile = io.BytesIO(head)
 
         def do_GET(self) -> None:
