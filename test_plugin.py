@@ -33,11 +33,11 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -115,12 +115,8 @@ PARTS = {"envs": "", "annotations": "", "mounts": "container_path", "devices": "
 PARTS["cdi_devices"] = "name"
 
 
-@dataclass(eq=False)
 class Refusal(Exception):
     """What a command of the test meets: a gRPC status of the plugin, or the kubelet's refusal."""
-
-    code: str
-    message: str
 
 
 @dataclass
@@ -133,11 +129,6 @@ class Client:
     options: Any  # DevicePluginOptions
     stopped: bool = False  # the stream has ended: calls fail without reaching the plugin
     reader: asyncio.Task[None] | None = None  # reads the ListAndWatch stream
-
-
-class Held(NamedTuple):
-    ids: list[str]
-    answer: Any  # asked for once, used again for every start (contract 13)
 
 
 async def splice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -161,12 +152,12 @@ class FakeKubelet:
         self.dial_delay = 0.0  # 1.20: between the answer to Register and the dial-back
         self.dial_limit = 10.0  # contract 2
         self.faults = Counter[str]()  # name: how many times it still happens
-        self.fault_code = "UNAVAILABLE"
         self.clients: dict[str, Client] = {}  # the newest of each resource, while it is connected
         self.endpoints: dict[str, Client] = {}  # who is asked for a Pod: the newest, even if dead
         self.devices: dict[str, dict[str, Any]] = defaultdict(dict)  # resource: ID: Device
         self.status: dict[str, tuple[int, int]] = {}  # as last sent: capacity, allocatable
-        self.held: dict[str, dict[str, Held]] = {}  # Pod: resource: what its one container holds
+        # Pod: resource: ids, and the answer: asked for once, used for every start (contract 13).
+        self.held: dict[str, dict[str, Any]] = {}
         self.admission = asyncio.Lock()  # a slow plugin stalls all Pods (contract 12)
         self.tasks: list[asyncio.Task[Any]] = []
 
@@ -178,7 +169,7 @@ class FakeKubelet:
             try:
                 result = await getattr(self, f"do_{command}")(*args, **more)
             except Exception as error:
-                result = error if isinstance(error, Refusal) else Refusal("BUG", repr(error))
+                result = error if isinstance(error, Refusal) else Refusal(f"BUG: {error!r}")
             self.emit("reply", number=number, result=result)
 
         with contextlib.suppress(EOFError):
@@ -206,8 +197,7 @@ class FakeKubelet:
         for path in paths:
             path.unlink(missing_ok=True)  # its plugin may remove it meanwhile
         if self.checkpoint.exists():  # a restarted kubelet knows its Pods, but no device yet
-            for pod, holder in json.loads(self.checkpoint.read_text()).items():
-                self.held[pod] = {resource: Held(*held) for resource, held in holder.items()}
+            self.held = json.loads(self.checkpoint.read_text())
         # gRPC binds and listens in one go: it serves a name in no folder, and the socket that
         # plugins see passes bytes on to it.
         inner = f"fake-kubelet-{os.getpid()}"
@@ -230,11 +220,10 @@ class FakeKubelet:
 
     async def register(self, request: Any, context: Any) -> Any:
         """Contract 2: 1.20 returns at once and dials later, 1.36 dials before it returns."""
-        self.emit("register", **as_dict(request))
+        self.emit("register", resource=request.resource_name, **as_dict(request))
         unknown = grpc.StatusCode.UNKNOWN  # what a plain Go error becomes
         if self.fault("register_fails"):
-            code = getattr(grpc.StatusCode, self.fault_code)
-            await context.abort(code, "the fake kubelet was told to fail")
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the fake kubelet was told to fail")
         if self.fault("register_hangs"):
             await asyncio.Event().wait()
         asked, resource, endpoint = request.version, request.resource_name, request.endpoint
@@ -333,7 +322,7 @@ class FakeKubelet:
     def free(self, resource: str) -> list[str]:
         """Healthy, and held by no container."""
         holders = [holder[resource] for holder in self.held.values() if resource in holder]
-        used = {name for held in holders for name in held.ids}
+        used = {name for held in holders for name in held["ids"]}
         return [name for name in self.healthy(resource) if name not in used]
 
     async def do_hints(self, resource: str, size: int) -> list[list[int]] | None:
@@ -351,20 +340,20 @@ class FakeKubelet:
         client = self.endpoints.get(resource)
         if client is None or client.stopped:
             text = "has been stopped" if client else "is not registered"
-            raise Refusal("KUBELET", f"the endpoint of {resource} {text}")
+            raise Refusal(f"KUBELET: the endpoint of {resource} {text}")
         message = getattr(api, METHODS[method].input_type.name)(**request)
         try:
             call = getattr(rpc.DevicePluginStub(client.channel), method)
             return as_dict(await call(message, timeout=timeout))
         except grpc.aio.AioRpcError as error:
-            raise Refusal(error.code().name, error.details() or "") from error
+            raise Refusal(f"{error.code().name}: {error.details()}") from error
 
     async def do_allocate(self, resource: str, ids: list[str], timeout: Any = 10.0) -> Any:
         """Allocate for one container, in random order (contract 13): its answer."""
         request = {"container_requests": [{"devices_ids": random.sample(ids, len(ids))}]}
         answer = await self.do_rpc(resource, "Allocate", request, timeout)
         if len(answers := answer["container_responses"]) != 1:
-            raise Refusal("KUBELET", "no containers return in allocation response")
+            raise Refusal("KUBELET: no containers return in allocation response")
         return answers[0]
 
     async def do_pre_start(self, resource: str, ids: list[str]) -> None:
@@ -380,16 +369,17 @@ class FakeKubelet:
             for resource, size in want.items():
                 if resource in holder:  # after a restart: the very same ids, and healthy
                     healthy = self.healthy(resource)
-                    if missing := [name for name in holder[resource].ids if name not in healthy]:
+                    if missing := [one for one in holder[resource]["ids"] if one not in healthy]:
                         text = f"previously allocated devices are no longer healthy; {missing}"
                         none = f"no healthy devices present; cannot allocate {resource}"
-                        raise Refusal("UnexpectedAdmissionError", text if healthy else none)
+                        raise Refusal(f"UnexpectedAdmissionError: {text if healthy else none}")
                     continue
                 ids = sorted(await self.choose(resource, size, (must or {}).get(resource, [])))
-                holder[resource] = Held(ids, await self.do_allocate(resource, ids, None))
+                answer = await self.do_allocate(resource, ids, None)
+                holder[resource] = {"ids": ids, "answer": answer}
                 self.emit("allocated", pod=pod, resource=resource, ids=ids)
                 self.save_checkpoint()
-            return {"ids": {name: held.ids for name, held in holder.items()}, **self.merged(pod)}
+            return {"ids": {name: held["ids"] for name, held in holder.items()}, **self.merged(pod)}
 
     async def choose(self, resource: str, size: int, must: list[str]) -> list[str]:
         """Free ids: those that the plugin prefers, filled up at random."""
@@ -398,7 +388,7 @@ class FakeKubelet:
         if len(available) < size:
             text = f"requested number of devices unavailable for {resource}. "
             text += f"Requested: {size}, Available: {len(available)}"
-            raise Refusal("UnexpectedAdmissionError", text)
+            raise Refusal(f"UnexpectedAdmissionError: {text}")
         random.shuffle(available)
         chosen, client = list(must), self.endpoints.get(resource)
         if client and client.options.get_preferred_allocation_available:
@@ -414,7 +404,7 @@ class FakeKubelet:
         merged: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
         for resource, held in self.held[pod].items():
             for part, key in PARTS.items():
-                found = held.answer[part]
+                found = held["answer"][part]
                 for name, value in [(one[key], one) for one in found] if key else found.items():
                     if merged[part].setdefault(name, value) != value:
                         self.emit("conflict", kind=part, resource=resource, key=name)
@@ -429,12 +419,12 @@ class FakeKubelet:
         for resource, held in self.held[pod].items():
             client = self.endpoints.get(resource)
             if client is None or client.options.pre_start_required:
-                await self.do_pre_start(resource, held.ids)
+                await self.do_pre_start(resource, held["ids"])
         options, devices = self.merged(pod), []
         for spec in options["devices"]:
             host = f"{self.host}{spec['host_path']}"
             if not os.path.exists(host):
-                raise Refusal("RunContainerError", f"{host} does not exist")
+                raise Refusal(f"RunContainerError: {host} does not exist")
             # containerd follows symbolic links anew at each start (contract 16).
             devices.append({**spec, "resolved": os.path.realpath(host)})
         return {**options, "devices": devices}
@@ -450,18 +440,16 @@ class FakeKubelet:
             draft.write_text(json.dumps(self.held))
             draft.replace(self.checkpoint)
 
-    async def do_faults(self, code: str = "", **counts: int) -> None:
-        """From now on, so many times each: register_fails (with this status code), register_hangs,
-        no_stream (none follows a Register), drop_streams (each ends after its first message)."""
-        self.fault_code = code or self.fault_code
+    async def do_faults(self, **counts: int) -> None:
+        """From now on, so many times each: register_fails, register_hangs, no_stream (none follows
+        a Register), drop_streams (each ends after its first message)."""
         self.faults.update(counts)
 
-    async def do_drop_stream(self, resource: str) -> float:
-        """End the resource's stream from this side, and nothing else. When it did so."""
+    async def do_drop_stream(self, resource: str) -> None:
+        """End the resource's stream from this side, and nothing else."""
         if (client := self.clients.get(resource)) and client.reader:
             self.emit("dropped", client)
             client.reader.cancel()
-        return time.monotonic()
 
     def fault(self, name: str) -> bool:
         """Whether this fault is due; each counts down, so "3" is three times and then no more."""
@@ -477,7 +465,6 @@ def fake_kubelet(*about: Any) -> None:
 
 # ==== The harness =================================================================================
 
-Item = TypeVar("Item")
 Fits = Callable[[Any], Any]  # of an item: whether it is meant
 Event = dict[str, Any]  # what the fake kubelet sends
 Finished = subprocess.CompletedProcess[str]
@@ -487,16 +474,14 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__])
 
 
-@dataclass
-class Log(Generic[Item]):
+class Log:
     """What another process said, in order. Tests wait on a condition and never poll."""
 
-    name: str
-    items: list[Item] = field(default_factory=list)
-    closed: bool = False  # nothing will follow
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    def __init__(self, name: str) -> None:
+        self.name, self.items, self.changed = name, list[Any](), threading.Condition()
+        self.closed = False  # nothing will follow
 
-    def append(self, *items: Item, closed: bool = False) -> None:
+    def append(self, *items: Any, closed: bool = False) -> None:
         """Called by the thread that reads."""
         with self.changed:
             self.items += items
@@ -507,10 +492,10 @@ class Log(Generic[Item]):
         """Now, as a position: pass it as `after` to see only what follows."""
         return len(self.items)
 
-    def seen(self, fits: Fits, after: int = 0) -> list[Item]:
+    def seen(self, fits: Fits, after: int = 0) -> list[Any]:
         return [item for item in self.items[after:] if fits(item)]
 
-    def wait_for(self, fits: Fits, timeout: float, after: int = 0, what: str = "that") -> Item:
+    def wait_for(self, fits: Fits, timeout: float, after: int = 0, what: str = "that") -> Any:
         """The first item after the position that fits, waiting for it if need be."""
         with self.changed:
             self.changed.wait_for(lambda: self.seen(fits, after) or self.closed, timeout)
@@ -527,21 +512,13 @@ class Log(Generic[Item]):
         assert not found, f"{self.name} said {found[0]}, which nothing had caused"
 
 
-def fits(event: str, fields: Event) -> Fits:
-    """A predicate for events of this kind, with these fields; a field may be a predicate itself."""
-    wanted = {"event": event, **fields}.items()
-    return lambda event: all(
-        one(event.get(name)) if callable(one) else event.get(name) == one for name, one in wanted
-    )
-
-
 class Kubelet:
     """A fake kubelet on one folder, over any number of its lives: start, kill, start again. Most
     methods that wait take `after`, a position of `log.mark()`."""
 
     def __init__(self, root: Path, generation: str = "1.36") -> None:
         self.root, self.generation, self.folder = root, generation, root / "device-plugins"
-        self.log: Log[Event] = Log(f"the fake kubelet {generation}")  # all lives of it
+        self.log = Log(f"the fake kubelet {generation}")  # events, of all lives of it
         self.process: Any = None  # of the present life
         self.replies: dict[int, Future[Any]] = {}
         self.answering = 0.0  # when the present life began to answer
@@ -598,7 +575,7 @@ class Kubelet:
 
         def call(*args: Any, **more: Any) -> Any:
             if isinstance(result := self.send(command, *args, **more).result(35), Refusal):
-                SAID.add(result.message)
+                SAID.add(str(result))
                 raise result
             return result
 
@@ -606,30 +583,28 @@ class Kubelet:
 
     def wait(self, event: str, *, timeout: float = 5.0, after: int = 0, **fields: Any) -> Event:
         """The first event of this kind and with these fields."""
-        return self.log.wait_for(fits(event, fields), timeout, after, f"{event} {fields}")
+        wanted = {"event": event, **fields}.items()
+        return self.log.wait_for(lambda one: wanted <= one.items(), timeout, after, event)
 
     def seen(self, event: str, *, after: int = 0, **fields: Any) -> list[Event]:
-        return self.log.seen(fits(event, fields), after)
+        wanted = {"event": event, **fields}.items()
+        return self.log.seen(lambda one: wanted <= one.items(), after)
 
     def kinds(self, resource: str, after: int = 0) -> list[str]:
         """What came for this resource, in order: register, options, stream, devices, status ..."""
-        names = ("resource", "resource_name")
-        events = self.log.items[after:]
-        return [event["event"] for event in events if resource in map(event.get, names)]
+        seen = self.log.seen(lambda event: event.get("resource") == resource, after)
+        return [event["event"] for event in seen]
 
     def wait_status(self, resource: str, capacity: int, allocatable: int, **more: Any) -> float:
         """Wait until the node's status shows this (`timeout`, `after` as for wait); when it did."""
         more |= {"resource": resource, "capacity": capacity, "allocatable": allocatable}
         return float(self.wait("status", **more)["t"])
 
-    def wait_health(self, resource: str, name: str, health: str, **more: Any) -> float:
+    def wait_health(self, name: str, health: str, timeout: float) -> float:
         """Wait until the plugin has sent this health of this device; when it did."""
-        more["devices"] = lambda sent: sent.get(name) == health
-        return float(self.wait("devices", resource=resource, **more)["t"])
-
-    def ids(self, resource: str) -> list[str]:
-        """The ids of the newest list."""
-        return sorted(self.seen("devices", resource=resource)[-1]["devices"])
+        sent = {name: health}.items()
+        event = self.log.wait_for(lambda one: sent <= one.get("devices", {}).items(), timeout)
+        return float(event["t"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -643,7 +618,6 @@ class Chip(tt.Chip):
     iommu: str = "DMA-FQ"
     target: str = "/dev/null"  # the device node links to it: a character device that needs no root
     heartbeat: bool = True  # since driver 2.7
-    hwmon: bool = True
     by_id: bool = False  # udev's link, since driver 2.6
 
 
@@ -676,16 +650,12 @@ class Tree:
         return self.sys / "devices" / f"pci{bdf[:7]}" / bdf
 
     def entry(self, bdf: str) -> Path:
-        """The folder of the driver's attributes, behind the link in the class."""
+        """The folder of the driver's attributes, behind the link in the class. Its link `device`
+        leads to the PCI device's."""
         return self.pci(bdf) / "tenstorrent" / f"tenstorrent!{self.chips[bdf].index}"
 
     def node(self, bdf: str) -> Path:
         return self.dev / "tenstorrent" / str(self.chips[bdf].index)
-
-    def path(self, bdf: str, file: str) -> Path:
-        """One of the driver's files, or `device/...`, one of the PCI device's."""
-        inside = file.removeprefix("device/")
-        return self.entry(bdf) / file if inside == file else self.pci(bdf) / inside
 
     def write(self, path: Path, text: str | bytes) -> None:
         """A file that is never seen half written."""
@@ -695,23 +665,24 @@ class Tree:
         draft.replace(path)
 
     def set(self, bdf: str, file: str, text: str | bytes | None) -> None:
-        """Write a file of path(); None removes it."""
+        """Write a file of entry(); None removes it."""
         if text is None:
-            self.path(bdf, file).unlink()
+            (self.entry(bdf) / file).unlink()
         else:
-            self.write(self.path(bdf, file), text)
+            self.write(self.entry(bdf) / file, text)
 
     def add(self, chip: Chip) -> None:
         """The PCI device is probed: attributes first, the link in the class last."""
         with self.lock:
             assert chip.index not in [other.index for other in self.chips.values()], chip
             self.chips[chip.pci] = chip
-            files = [f"tt_heartbeat={next(self.beats)}"] * chip.heartbeat
-            files += ["tt_aiclk=500"] * bool(chip.card_type)
-            sensors = SENSORS.split() if chip.hwmon else []
-            files += [f"device/hwmon/hwmon{chip.index + 2}/{sensor}" for sensor in sensors]
-            for file, _, text in (each.partition("=") for each in files):
-                self.set(chip.pci, file, f"{text}\n")
+            if chip.heartbeat:
+                self.set(chip.pci, "tt_heartbeat", f"{next(self.beats)}\n")
+            if chip.card_type:  # its telemetry is there
+                self.set(chip.pci, "tt_aiclk", "500\n")
+                for file, text in (each.split("=") for each in SENSORS.split()):
+                    path = self.pci(chip.pci) / f"hwmon/hwmon{chip.index + 2}" / file
+                    self.write(path, f"{text}\n")
             if chip.by_id:
                 self.by_id.mkdir(parents=True, exist_ok=True)
                 (self.by_id / chip.id).symlink_to(f"../{chip.index}")
@@ -738,13 +709,13 @@ class Tree:
         with self.lock:
             self.still.add(bdf)
             os.mkfifo(self.drafts / "fifo")
-            (self.drafts / "fifo").replace(self.path(bdf, file))
+            (self.drafts / "fifo").replace(self.entry(bdf) / file)
 
     def release(self, bdf: str, file: str, text: str) -> None:
         """The reads that hang return with this text, as all later ones do. The heart beats."""
         with self.lock:
-            fifo = os.open(self.path(bdf, file), os.O_RDWR | os.O_NONBLOCK)
-            self.write(self.path(bdf, file), text)
+            fifo = os.open(self.entry(bdf) / file, os.O_RDWR | os.O_NONBLOCK)
+            self.write(self.entry(bdf) / file, text)
             os.write(fifo, text.encode())
             os.close(fifo)
             self.still.discard(bdf)
@@ -773,12 +744,8 @@ def chips(card_type: str, *places: str, **facts: Any) -> tuple[Chip, ...]:
     and NUMA nodes are made up; what else is captured is said."""
     made = []
     for n, (bus, asic, serial) in enumerate(place.split() for place in places):
-        known: Any = {
-            "asic_id": f"0D0CB6F1E7A5{asic}",
-            "serial": serial,
-            "numa_node": int(bus > "40"),
-        }
-        known |= {"card_type": card_type, **facts}
+        known: Any = {"numa_node": int(bus > "40"), "card_type": card_type, **facts}
+        known |= {"asic_id": f"0D0CB6F1E7A5{asic}", "serial": serial}
         made.append(Chip(f"0000:{bus}:00.0", n, **known))
     return tuple(made)
 
@@ -800,7 +767,7 @@ class Plugin:
     """A running plugin process. Its log has the lines of its stderr."""
 
     def __init__(self, command: Sequence[str], **popen: Any) -> None:
-        self.log: Log[str] = Log("the plugin")
+        self.log = Log("the plugin")
         self.started = time.monotonic()
         self.ended = 0.0
         options = {"stderr": subprocess.PIPE, "text": True, "env": environment(), **popen}
@@ -869,52 +836,47 @@ def run(command: Sequence[str], *flags: str, timeout: float = 30.0, **variables:
 class Puppet:
     """A device plugin of another maker, moved by the test."""
 
-    def __init__(self, folder: Path, resource: str, endpoint: str = "a.sock", **announced: Any):
-        self.folder, self.resource, self.endpoint = folder, resource, endpoint
-        self.announced = announced  # options, the same in both places
-        self.lists: queue.Queue[Any] = queue.Queue()  # what the stream sends next; None ends it
-        self.answer: Event = {}  # the ContainerAllocateResponse
+    def __init__(self, kubelet: Kubelet, resource: str, endpoint: str = "a.sock", **options: Any):
+        self.kubelet, self.resource, self.endpoint = kubelet, resource, endpoint
+        self.options = options  # the same in both places
+        self.answers: Event = {"GetDevicePluginOptions": options, "PreStartContainer": {}}
+        self.answers["Allocate"] = {"container_responses": [{}]}
         self.calls: list[str] = []
+        self.lists: queue.Queue[Any] = queue.Queue()  # what the stream sends next; None ends it
         self.server = grpc.server(ThreadPoolExecutor(4))
-        servicer: Any = SimpleNamespace(**{method: self.behaviour(method) for method in METHODS})
+        calls = {method: functools.partial(self.reply, method) for method in METHODS}
+        servicer: Any = SimpleNamespace(**{**calls, "ListAndWatch": self.watch})
         rpc.add_DevicePluginServicer_to_server(servicer, self.server)
-        self.server.add_insecure_port(f"unix:{folder / endpoint}")
+        self.server.add_insecure_port(f"unix:{kubelet.folder / endpoint}")
         self.server.start()
 
-    def behaviour(self, method: str) -> Any:
-        def watch(_: Any, context: Any) -> Iterator[Any]:
-            context.add_callback(lambda: self.lists.put(None))
-            while (devices := self.lists.get()) is not None:
-                yield api.ListAndWatchResponse(devices=devices)
+    def watch(self, _: Any, context: Any) -> Iterator[Any]:
+        context.add_callback(lambda: self.lists.put(None))
+        while (devices := self.lists.get()) is not None:
+            yield api.ListAndWatchResponse(devices=devices)
 
-        def reply(message: Any, _: Any) -> Any:
-            self.calls.append(method)
-            answer = self.announced if method == "GetDevicePluginOptions" else {}
-            if method == "Allocate":
-                answer = {"container_responses": [self.answer]}
-            if method == "GetPreferredAllocation":
-                (asked,) = message.container_requests
-                ids = sorted(asked.available_deviceIDs)[: asked.allocation_size]
-                answer = {"container_responses": [{"deviceIDs": ids}]}
-            return getattr(api, METHODS[method].output_type.name)(**answer)
+    def reply(self, method: str, *_: Any) -> Any:
+        self.calls.append(method)
+        return getattr(api, METHODS[method].output_type.name)(**self.answers[method])
 
-        return watch if method == "ListAndWatch" else reply
-
-    def send(self, **health: Any) -> None:
-        """One whole list: id=True, or id=(True, numa_node)."""
-        devices: list[Event] = []
-        for name, value in health.items():
-            healthy, *numa = value if isinstance(value, tuple) else (value,)
-            nodes = {"nodes": [{"ID": node} for node in numa]} if numa else None
-            text = "Healthy" if healthy else "Unhealthy"
-            devices.append({"ID": name, "health": text, "topology": nodes})
+    def send(self, words: str) -> None:
+        """Send one whole list, and wait until the kubelet has it. Of each device: "-" if it is
+        Unhealthy, its id, and its NUMA node, if any: "a -b c@0"."""
+        devices, mark = list[Event](), self.kubelet.log.mark()
+        for minus, name, numa in re.findall(r"(-?)(\w)@?(\S*)", words):
+            devices.append({"ID": name, "health": "Unhealthy" if minus else "Healthy"})
+            if numa:
+                devices[-1]["topology"] = {"nodes": [{"ID": int(numa)}]}
         self.lists.put(devices)
+        health = {device["ID"]: device["health"] for device in devices}
+        self.kubelet.wait("devices", endpoint=self.endpoint, devices=health, after=mark)
 
     def register(self, **fields: Any) -> None:
         """Register, with other values where given; grpc.RpcError if the kubelet refuses."""
         values = {"version": "v1beta1", "endpoint": self.endpoint, "resource_name": self.resource}
-        request = api.RegisterRequest(**{**values, "options": self.announced, **fields})
-        with grpc.insecure_channel(f"unix:{self.folder / 'kubelet.sock'}", [LOCAL]) as channel:
+        request = api.RegisterRequest(**{**values, "options": self.options, **fields})
+        address = f"unix:{self.kubelet.folder / 'kubelet.sock'}"
+        with grpc.insecure_channel(address, [LOCAL]) as channel:
             rpc.RegistrationStub(channel).Register(request, timeout=10)
 
     def close(self) -> None:
@@ -928,14 +890,9 @@ def sockets(kubelet: Kubelet) -> list[str]:
     return sorted(name for name in found if name != "kubelet.sock")
 
 
-@contextlib.contextmanager
-def refused(code: str, *words: str) -> Iterator[None]:
-    """What is inside is refused with this status, and a message with these words (any case)."""
-    with pytest.raises(Refusal) as caught:
-        yield
-    assert caught.value.code == code, caught.value
-    missing = [word for word in words if word.lower() not in caught.value.message.lower()]
-    assert not missing, f"{caught.value.message!r} does not say {missing}"
+def refused(code: str, *words: str) -> pytest.RaisesExc[Refusal]:
+    """What is inside is refused with this status, and a message with these words in this order."""
+    return pytest.raises(Refusal, match=f"(?s)^{code}: .*" + ".*".join(map(re.escape, words)))
 
 
 # Fixtures
@@ -1010,8 +967,8 @@ def plugin(kubelet: Kubelet, four: Tree, launch: Launch) -> Plugin:
 def puppets(kubelet: Kubelet) -> Iterator[Puppets]:
     """Make puppets in the kubelet's folder: puppets(resource, endpoint, **options)."""
     with contextlib.ExitStack() as stack:
-        yield lambda *args, **announced: stack.enter_context(
-            contextlib.closing(Puppet(kubelet.folder, *args, **announced))
+        yield lambda *about, **options: stack.enter_context(
+            contextlib.closing(Puppet(kubelet, *about, **options))
         )
 
 
@@ -1136,8 +1093,7 @@ def test_kubelet_generations(kubelet: Kubelet, puppets: Puppets) -> None:
     puppet.register(options={"pre_start_required": False})
     answered = time.monotonic()
     opened = kubelet.wait("stream")["t"]
-    puppet.send(a=True)
-    kubelet.wait_status(X, 1, 1)
+    puppet.send("a")
     kubelet.admit("pod", {X: 1})
     kubelet.start_container("pod")
     if kubelet.generation == "1.20":
@@ -1153,13 +1109,11 @@ def test_kubelet_race(kubelet: Kubelet, puppets: Puppets) -> None:
     kubelet.start()
     old, new = (puppets(X, f"{name}.sock") for name in ("old", "new"))
     old.register()
-    for health in ({"a": True, "b": True}, {"a": False, "b": True}, {"b": True}):
-        mark = kubelet.log.mark()
-        old.send(**health)
-        kubelet.wait_status(X, len(health), sum(health.values()), after=mark)
+    for words, capacity, allocatable in (("a b", 2, 2), ("-a b", 2, 1), ("b", 1, 1)):
+        old.send(words)
+        kubelet.wait_status(X, capacity, allocatable)
     new.register()
-    new.send(a=True, b=True)
-    kubelet.wait_status(X, 2, 2, after=mark)
+    new.send("a b")
     mark = kubelet.log.mark()
     old.lists.put(None)
     kubelet.wait("stream_end", endpoint="old.sock", how="OK", after=mark)
@@ -1174,10 +1128,10 @@ def test_kubelet_keeps_the_answer(kubelet: Kubelet, puppets: Puppets) -> None:
     """Contract 9, 12, 13, 15: prefer, allocate once, pre-start often; restarted: the same ids."""
     kubelet.start()
     puppet = puppets(X, pre_start_required=True, get_preferred_allocation_available=True)
-    puppet.answer = {"envs": {"X": "first"}}
+    puppet.answers["GetPreferredAllocation"] = {"container_responses": [{"deviceIDs": ["x", "b"]}]}
+    puppet.answers["Allocate"] = {"container_responses": [{"envs": {"X": "first"}}]}
     puppet.register()
-    puppet.send(a=True, b=True, c=True)
-    kubelet.wait_status(X, 3, 3)
+    puppet.send("a b c")
     assert kubelet.admit("pod", {X: 2}, {X: ["a"]})["ids"] == {X: ["a", "b"]}
     assert kubelet.start_container("pod")["envs"] == {"X": "first"}
     with refused("UnexpectedAdmissionError", "Requested: 2, Available: 1"):
@@ -1188,15 +1142,12 @@ def test_kubelet_keeps_the_answer(kubelet: Kubelet, puppets: Puppets) -> None:
     with refused("UnexpectedAdmissionError", "no healthy devices"):
         kubelet.admit("pod", {X: 2})
     puppet = puppets(X, pre_start_required=True)
-    puppet.answer = {"envs": {"X": "second"}}
+    puppet.answers["Allocate"] = {"container_responses": [{"envs": {"X": "second"}}]}
     puppet.register()
-    mark = kubelet.log.mark()
-    puppet.send(a=True, b=False, c=True)
-    kubelet.wait_status(X, 3, 2, after=mark)
+    puppet.send("a -b c")
     with refused("UnexpectedAdmissionError", "['b']"):
         kubelet.admit("pod", {X: 2})
-    puppet.send(a=True, b=True, c=True)
-    kubelet.wait_status(X, 3, 3, after=mark)
+    puppet.send("a b c")
     assert kubelet.admit("pod", {X: 2})["envs"] == {"X": "first"}
     kubelet.start_container("pod")
     kubelet.start_container("pod")
@@ -1211,10 +1162,10 @@ def test_kubelet_merges_by_key(kubelet: Kubelet, puppets: Puppets) -> None:
     for number in "12":
         puppet = puppets(X + number, f"{number}.sock")
         device = {"container_path": f"/dev/{number}", "host_path": "/dev/null"}
-        puppet.answer = {"envs": {"SHARED": number, f"OWN_{number}": "x"}, "devices": [device]}
+        answer = {"envs": {"SHARED": number, f"OWN_{number}": "x"}, "devices": [device]}
+        puppet.answers["Allocate"] = {"container_responses": [answer]}
         puppet.register()
-        puppet.send(a=True)
-        kubelet.wait_status(puppet.resource, 1, 1)
+        puppet.send("a")
     merged = kubelet.admit("pod", {f"{X}1": 1, f"{X}2": 1})
     assert merged["envs"] == {"SHARED": "1", "OWN_1": "x", "OWN_2": "x"}
     assert [one["container_path"] for one in merged["devices"]] == ["/dev/1", "/dev/2"]
@@ -1226,18 +1177,16 @@ def test_kubelet_topology_hints(kubelet: Kubelet, puppets: Puppets) -> None:
     kubelet.start()
     puppet = puppets(X)
     puppet.register()
-    for a, b, size, hints in (
-        ((True, 0), (True, 1), 1, [[0], [1], [0, 1]]),
-        ((True, 0), (True, 1), 2, [[0, 1]]),
-        ((True, 0), (False, 1), 1, [[0], [0, 1]]),
-        ((True, -1), (True, -1), 1, []),
-        ((True, 0), True, 2, []),
-        (True, True, 2, None),
+    for words, size, hints in (
+        ("a@0 b@1", 1, [[0], [1], [0, 1]]),
+        ("a@0 b@1", 2, [[0, 1]]),
+        ("a@0 -b@1", 1, [[0], [0, 1]]),
+        ("a@-1 b@-1", 1, []),
+        ("a@0 b", 2, []),
+        ("a b", 2, None),
     ):
-        mark = kubelet.log.mark()
-        puppet.send(a=a, b=b)
-        kubelet.wait("devices", after=mark)
-        assert kubelet.hints(X, size) == hints, (a, b)
+        puppet.send(words)
+        assert kubelet.hints(X, size) == hints, words
 
 
 # ==== Section 3. Discovery: what sysfs says, and what is known of a chip by it ====================
@@ -1317,9 +1266,9 @@ def test_what_sysfs_says_of_a_chip(room: Path, row: str) -> None:
     assert look() == (whole, tt.Reading(1_000_000))
     lacking: Any = {fact: getattr(FIRST, fact), "unknown": "".join(unknown)}
     for text in (*NONSENSE, *(NO_ID if file in ("tt_asic_id", "tt_serial") else ()), None):
-        tree.path(BDF, file).unlink()
+        (tree.entry(BDF) / file).unlink()
         if text == UNREADABLE:
-            tree.path(BDF, file).symlink_to(UNREADABLE)
+            (tree.entry(BDF) / file).symlink_to(UNREADABLE)
         elif text is not None:
             tree.set(BDF, file, text.encode("latin-1"))
         elif file == "tt_asic_id":
@@ -2171,7 +2120,7 @@ def test_registers_again(
         assert sockets(kubelet) == [kubelet.seen("register")[-1]["endpoint"]], how
     kubelet.log.never(lambda event: True, 0.5, mark := kubelet.log.mark())
     four.remove(N150[0].pci)  # no dead stream takes this from the live one
-    kubelet.wait_health(R150, ID[0], "Unhealthy", after=mark)
+    kubelet.wait_status(R150, 4, 3, after=mark)
 
 
 # What the plugin says if it is there before the kubelet (story 3).
@@ -2195,7 +2144,7 @@ def test_registers(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, w
     assert (request["version"], request["resource_name"]) == ("v1beta1", R150)
     for one in (request["options"], *kubelet.seen("options")):
         assert {name: one[name] for name in OPTIONS} == OPTIONS
-    assert kubelet.ids(R150) == ID and len(kubelet.seen("devices")) == 1
+    assert [sorted(event["devices"]) for event in kubelet.seen("devices")] == [ID]
     assert kubelet.hints(R150, 2) == [[0], [1], [0, 1]]
     assert sockets(kubelet) == [request["endpoint"]] and len(kubelet.seen("register")) == 1
     mode = (kubelet.folder / request["endpoint"]).stat().st_mode
@@ -2217,7 +2166,7 @@ def test_goes_round(
     """A Register that fails or hangs, that no stream follows, or whose stream ends at once: tried
     again, ever more slowly, and said once. Another kubelet is met at once, and tried again soon."""
     kubelet.start()
-    kubelet.faults("UNIMPLEMENTED", **{fault: len(pauses)})
+    kubelet.faults(**{fault: len(pauses)})
     plugin = launch(four, kubelet)
     kubelet.log.wait_for(lambda _: len(kubelet.seen("register")) > len(pauses), 20, 0, "so many")
     kubelet.wait("devices", endpoint=kubelet.seen("register")[-1]["endpoint"])
@@ -2346,7 +2295,7 @@ def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     kubelet.start()
     plugin = launch(tree, kubelet, FAST)
     plugin.wait_for_line("waiting for some")
-    kubelet.log.never(fits("register", {}), 0.5, 0)
+    kubelet.log.never(lambda event: event["event"] == "register", 0.5, 0)
     assert len(plugin.lines()) == 2, plugin.lines()
     for chip, resource in ((N150[0], R150), (other, R300)):
         tree.add(chip)
@@ -2374,7 +2323,7 @@ def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bo
         tree.still.add(N150[2].pci)
         reasons = {"gone from sysfs": 1.5, "device node": 1.5, "its heartbeat has stopped": 15}
         for name, (reason, limit) in zip(ID, reasons.items(), strict=False):
-            seen = other.wait_health(R150, name, "Unhealthy", timeout=20) - began
+            seen = other.wait_health(name, "Unhealthy", 20) - began
             bound(f"{reason}: Unhealthy", seen, limit)
             for call in (other.allocate, other.pre_start):
                 with refused("FAILED_PRECONDITION", name, "not healthy since 20", reason):
@@ -2400,7 +2349,7 @@ def test_hanging_reads(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Boun
         four.hang(chip.pci, "tt_heartbeat")
     mark, gone = kubelet.log.mark(), time.monotonic()
     four.remove(N150[2].pci)
-    with open(four.path(N150[0].pci, "tt_heartbeat"), "w"):  # returns when a poll has opened it
+    with open(four.entry(N150[0].pci) / "tt_heartbeat", "w"):  # returns when a poll has opened it
         began = time.monotonic()
         kubelet.admit("pod", {R150: 1}, {R150: [ID[3]]})
         kubelet.start_container("pod")
@@ -2705,7 +2654,7 @@ def metrics_of(root: Path) -> tt.Metrics:
 def every_metric(room: Path) -> str:
     """The page of that node, when it has been polled twice."""
     blind: Any = dict.fromkeys(["card_type", "asic_id", "serial", "firmware"], "")
-    tree = Tree(room, [*N150[:2], replace(N150[2], heartbeat=False, hwmon=False, **blind)])
+    tree = Tree(room, [*N150[:2], replace(N150[2], heartbeat=False, **blind)])
     monitors = tree.pci(BDF) / "hwmon"
     shutil.copytree(monitors / "hwmon2", monitors / "hwmon10")
     (monitors / "hwmon2/temp1_input").write_text("99000\n")
@@ -2774,7 +2723,7 @@ def test_sensors_that_hang(room: Path) -> None:
     tree.hang(BDF, file)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(scrape)
-        with open(tree.path(BDF, file), "w"):  # returns when that scrape has opened it
+        with open(tree.entry(BDF) / file, "w"):  # returns when that scrape has opened it
             try:
                 assert pool.submit(scrape).result(5) == [other] and not first.done()
             finally:
@@ -2819,7 +2768,7 @@ def test_pages(kubelet: Kubelet, room: Path, launch: Launch, bound: Bound) -> No
         tree.add(replace(N150[0], asic_id="", heartbeat=False))  # captured: an old driver
         plugin.wait_for_line("the kubelet has not registered it")
         status, text = fetch(plugin, "/readyz")
-        assert status == 503 and "the kubelet has not registered it: UNAVAILABLE" in text
+        assert status == 503 and "the kubelet has not registered it: UNIMPLEMENTED" in text
         kubelet.faults(register_fails=-1000)
         plugin.wait_for_line("registered tenstorrent")
         assert fetch(plugin, "/readyz") == (200, f"{R150}: registered\n")
@@ -3578,7 +3527,7 @@ def test_podman_takes_the_cdi_spec(kubelet: Kubelet, launch: Launch, room: Path)
     needs_namespace("podman", "runc", "busybox")
     plugin = launch(None, kubelet, "--fake=n150=2,p300=1", f"--cdi-dir={room}", offers=2)
     kubelet.wait_status("tenstorrent.com/p300", 1, 1)
-    (p300,) = kubelet.ids("tenstorrent.com/p300")
+    (p300,) = kubelet.seen("devices", resource="tenstorrent.com/p300")[-1]["devices"]
     until((room / CDI).exists)
     for name, nodes in {"all": "0 1 2 3", "1": "1", p300: "2 3"}.items():
         words = ["unshare", "--mount", "sh", "-ec", PODMAN, "sh", str(room / CDI), name]
