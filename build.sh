@@ -13,8 +13,8 @@
 #                             --long: with a hundred restarts, a thousand dropped streams
 #   ./build.sh bench [--json] [--quick] [NAME...]
 #                             measure it, each figure beside a bare baseline of the same run
-#   ./build.sh check          formatting, lint (ruff) and types (mypy --strict) of the files written
-#                             by hand, and their sizes
+#   ./build.sh check          formatting, lint (ruff), types (mypy --strict) and sizes of the files
+#                             written by hand; whether the stubs are what api.proto makes
 #   ./build.sh stubs [DIR]    generate api_pb2.py and api_pb2_grpc.py from api.proto, here or in DIR
 #   ./build.sh lock [UV ARGS] make requirements.txt anew; newer versions only with --upgrade
 #   ./build.sh help           print this
@@ -25,9 +25,8 @@
 # gives the same file.
 #
 # For image: BASE is the image to start from (default: docker.io/library/python:3.13-slim; any with
-# glibc and CPython 3.10 to 3.15 will do), PLATFORMS is what to build for (default: this machine;
-# linux/amd64,linux/arm64 needs qemu-user-static where podman or buildah are as old as Debian 12's),
-# and TOOL names one of the tools.
+# glibc and CPython 3.10 to 3.15), TOOL one of the tools, PLATFORMS what to build for (default: this
+# machine; linux/amd64,linux/arm64 needs qemu-user-static with a podman or buildah of Debian 12).
 #
 # Exit codes: 0 done; 1 this machine lacks something (the message says what) or a step failed;
 # 2 usage; 3 this Python is too new for `stubs`.
@@ -307,8 +306,7 @@ bench() {
 check() {
     enter_venv
     local status=0 files=(tt_device_plugin.py test_plugin.py tools/*.py)
-    local style=(--isolated --target-version py310 --line-length 100)
-    local rules=E,F,W,I,B,UP,SIM,RUF,PLE
+    local style=(--isolated --target-version py310 --line-length 100) rules=E,F,W,I,B,UP,SIM,RUF,PLE
     "$PYTHON" -m ruff format --check "${style[@]}" "${files[@]}" || status=1
     "$PYTHON" -m ruff check "${style[@]}" --select "$rules" "${files[@]}" || status=1
     mkdir -p "$BUILD/typing"
@@ -316,6 +314,8 @@ check() {
     MYPYPATH=$BUILD/typing:$TOP \
         "$PYTHON" -m mypy --config-file= --strict --python-version 3.10 "${files[@]}" || status=1
     "$PYTHON" "$TOOLS/sizes.py" || status=1
+    alone stubs "$BUILD/generated" && cmp <(cat "$BUILD"/generated/*.py) <(cat api_pb2*.py) ||
+        [[ $? == 3 ]] || status=1
     return $status
 }
 

@@ -118,7 +118,7 @@ def bench_memory(stage: Stage) -> Iterator[Figure]:
             mark = kubelet.log.mark()
             plugin = stage.plugin(way, tree, kubelet)
             kubelet.wait_status(N150, 4, 4, after=mark, timeout=30)
-            kubelet.allocate(N150, kubelet.ids(N150)[:1])
+            kubelet.allocate(N150, [*kubelet.seen("devices")[-1]["devices"]][:1])
             found[name].append(held(plugin.process.pid))
             plugin.end()
     for name, what in itertools.product(ways, ("resident", "anonymous", "memory files", "threads")):
@@ -142,7 +142,7 @@ def bench_calls(stage: Stage) -> Iterator[Figure]:
         # Reading its log in this process would hold up its client.
         stage.plugin(stage.module(), tree, kubelet, log=str(stage.new("log")))
         kubelet.wait_status(resource, count, count, timeout=30)
-        ids = kubelet.ids(resource)
+        ids = sorted(kubelet.seen("devices")[-1]["devices"])
         one = api.ContainerAllocateRequest(devices_ids=ids[:many])
         wish = api.ContainerPreferredAllocationRequest(available_deviceIDs=ids)
         wish.allocation_size = many
@@ -179,20 +179,20 @@ def bench_again(stage: Stage) -> Iterator[Figure]:
 
     def drop() -> float:
         mark = kubelet.log.mark()
-        dropped = kubelet.drop_stream(N150)
+        kubelet.drop_stream(N150)
+        dropped: float = kubelet.wait("dropped", after=mark)["t"]
         kubelet.wait_status(N150, 4, 0, after=mark)
-        return float(kubelet.wait_status(N150, 4, 4, after=mark) - dropped)
+        return kubelet.wait_status(N150, 4, 4, after=mark) - dropped
 
     def drop_later() -> float:
         time.sleep(1)  # a stream that has lasted so long: after shorter ones, it takes its time
         return drop()
 
     def restart() -> float:
-        kubelet.prepare()
         kubelet.kill()
         mark = kubelet.log.mark()
-        kubelet.start()
-        return kubelet.wait_status(N150, 4, 4, after=mark) - kubelet.answering
+        answering = kubelet.start()
+        return kubelet.wait_status(N150, 4, 4, after=mark) - answering
 
     def take_over() -> float:
         nonlocal holder
@@ -206,7 +206,7 @@ def bench_again(stage: Stage) -> Iterator[Figure]:
 
     def register() -> float:
         endpoint = stage.new("bare").name
-        with contextlib.closing(Puppet(kubelet.folder, "example.com/bare", endpoint)) as puppet:
+        with contextlib.closing(Puppet(kubelet, "example.com/bare", endpoint)) as puppet:
             began = time.monotonic()
             puppet.register()
             return time.monotonic() - began
@@ -234,7 +234,7 @@ def bench_fault(stage: Stage) -> Iterator[Figure]:
     bdf, chip = next(iter(tree.chips.items()))
     stage.plugin(stage.module(), tree, kubelet, f"--poll-seconds={poll_s}")
     kubelet.wait_status(N150, 4, 4, timeout=30)
-    done, looks = threading.Event(), Log[tuple[int, float]]("the bare loop")
+    done, looks = threading.Event(), Log("the bare loop")
 
     def look() -> None:
         while not done.wait(poll_s):
@@ -247,10 +247,10 @@ def bench_fault(stage: Stage) -> Iterator[Figure]:
         time.sleep(random.uniform(0, poll_s))
         mark, then, began = kubelet.log.mark(), looks.mark(), time.monotonic()
         tree.remove(bdf)
-        seen.append((kubelet.wait_health(N150, chip.id, "Unhealthy", after=mark) - began) * 1e3)
+        seen.append((kubelet.wait_status(N150, 4, 3, after=mark) - began) * 1e3)
         bare.append((looks.wait_for(lambda one: one[0] < 4, 10, then)[1] - began) * 1e3)
         tree.add(chip)
-        kubelet.wait_health(N150, chip.id, "Healthy", after=mark)
+        kubelet.wait_status(N150, 4, 4, after=mark)
     done.set()
     thread.join()
     most = {"p99": poll_s * 1000 + 20}
