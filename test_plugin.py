@@ -811,7 +811,7 @@ class Puppet:
         self.options = options  # the same in both places
         self.answers: Event = {"GetDevicePluginOptions": options, "PreStartContainer": {}}
         self.answers["Allocate"] = {"container_responses": [{}]}
-        self.calls: list[str] = []
+        self.calls: dict[str, list[Any]] = defaultdict(list)  # method: the requests
         self.lists: queue.Queue[Any] = queue.Queue()  # what the stream sends next; None ends it
         self.server = grpc.server(ThreadPoolExecutor(4))
         calls = {method: functools.partial(self.reply, method) for method in METHODS}
@@ -825,8 +825,8 @@ class Puppet:
         while (devices := self.lists.get()) is not None:
             yield api.ListAndWatchResponse(devices=devices)
 
-    def reply(self, method: str, *_: Any) -> Any:
-        self.calls.append(method)
+    def reply(self, method: str, request: Any, _: Any) -> Any:
+        self.calls[method].append(request)
         return getattr(api, METHODS[method].output_type.name)(**self.answers[method])
 
     def send(self, words: str) -> None:
@@ -1050,9 +1050,9 @@ def test_kubelet_generations(kubelet: Kubelet, puppets: Puppets) -> None:
     kubelet.admit("pod", {X: 1})
     kubelet.start_container("pod")
     if kubelet.generation == "1.20":
-        assert opened > answered and puppet.calls == ["Allocate"]
+        assert opened > answered and [*puppet.calls] == ["Allocate"]
     else:
-        assert puppet.calls == ["GetDevicePluginOptions", "Allocate", "PreStartContainer"]
+        assert [*puppet.calls] == ["GetDevicePluginOptions", "Allocate", "PreStartContainer"]
         assert kubelet.kinds(X)[:3] == ["register", "options", "stream"]
 
 
@@ -1086,6 +1086,9 @@ def test_kubelet_keeps_the_answer(kubelet: Kubelet, puppets: Puppets) -> None:
     puppet.register()
     puppet.send("a b c")
     assert kubelet.admit("pod", {X: 2}, {X: ["a"]})["ids"] == {X: ["a", "b"]}
+    (asked,) = puppet.calls["GetPreferredAllocation"][0].container_requests
+    assert {*asked.available_deviceIDs} == {*"abc"} and asked.must_include_deviceIDs == ["a"]
+    assert asked.allocation_size == 2
     assert kubelet.start_container("pod")["envs"] == {"X": "first"}
     with refused("UnexpectedAdmissionError", "Requested: 2, Available: 1"):
         kubelet.admit("second", {X: 2})
@@ -1104,7 +1107,8 @@ def test_kubelet_keeps_the_answer(kubelet: Kubelet, puppets: Puppets) -> None:
     assert kubelet.admit("pod", {X: 2})["envs"] == {"X": "first"}
     kubelet.start_container("pod")
     kubelet.start_container("pod")
-    assert puppet.calls == ["GetDevicePluginOptions", "PreStartContainer", "PreStartContainer"]
+    counts = {method: len(requests) for method, requests in puppet.calls.items()}
+    assert counts == {"GetDevicePluginOptions": 1, "PreStartContainer": 2}
     assert kubelet.admit("second", {X: 1})["envs"] == {"X": "second"}
 
 
