@@ -1233,24 +1233,6 @@ def test_what_sysfs_says_of_a_chip(room: Path, row: str) -> None:
 
 
 @rows("""
-    half a serial, a p300's  0 03 p300b A 0000045100000000    - 0000:03:00.0 0 ?unidentified
-    no serial, a p300's      0 03 p300b A -                   - 0000:03:00.0 0 ?unidentified
-    a driver without ids     0 01 n150 - 0100018611902010     n150 0000:01:00.0 0 +ok
-    all ones                 0 01 unknown F FFFFFFFFFFFFFFFF  - 0000:01:00.0 0 -bus-dead
-    ... for a moment         0 01 unknown A FFFFFFFFFFFFFFFF  - 0000:01:00.0 0 ?unidentified
-""")
-def test_chips_as_an_expert_would_list_them(room: Path, row: list[str]) -> None:
-    """What the first poll makes of a chip. (Captured: tt-smi-s_n150, hwmon_dead-chip; the p300s:
-    derived_blackhole_boards)"""
-    tree = Tree(room, [chip_of(row[1])])
-    if row[0] == "all ones":
-        tree.set(BDF, "tt_heartbeat", "4294967295\n")
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    assert brief(inventory.snapshot) == row[2]
-
-
-@rows("""
     it beats           5            5           -           -
     no such file       -            -           -           ENOENT
     all ones           4294967295   4294967295  bus-dead    -
@@ -1420,6 +1402,7 @@ ACTORS = {
     "d": ("2 05 p300c D 000004613193411B", "p300 p300-000004613193411B"),
     "e": ("3 06 p300c E 000004613193411B", "p300 p300-000004613193411B"),
     "f": ("4 07 p300a 7 0000045100000000", "it cannot be paired"),
+    "k": ("11 0b p300a 8 0000045100000000", "it cannot be paired"),  # nor is it f's other half
     "n": ("5 01 n150 1 0100018611902010", "n150 wormhole-1"),
     "m": ("6 02 n150 2 010001851180B42E", "n150 wormhole-2"),
     "g": ("7 11 galaxy-wormhole 3 0100035100000000", "galaxy-wormhole wormhole-3"),
@@ -1436,7 +1419,7 @@ NODE = [(chip_of(text), name) for text, name in ACTORS.values() if name]
 WRONG: list[dict[str, Any]] = [
     {},
     *({"asic_id": text} for text in ("F" * 16, "0" * 16, "junk")),
-    *({"serial": text} for text in ("F" * 16, "0" * 16, "junk")),
+    *({"serial": text} for text in ("F" * 16, "0" * 16, "junk", "")),
     *({"card_type": "unknown", "serial": text} for text in ("F" * 16, "0" * 16)),
     dict.fromkeys(("card_type", "asic_id", "serial"), ""),
 ]
