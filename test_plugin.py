@@ -1844,69 +1844,54 @@ def test_calls(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
 
 
 def relink(link: Path, target: str) -> None:
-    """A symbolic link leads elsewhere now; "-": it is gone."""
+    """A symbolic link leads elsewhere now."""
     link.unlink()
-    if target != "-":
-        link.symlink_to(target)
+    link.symlink_to(target)
 
 
-def swapped(chip: Chip, other: Chip) -> list[Chip]:
-    """Two chips after a reset that gave them each other's N. The number of a device node goes with
-    N, as on a host: only sysfs tells that they are others now."""
-    first = replace(chip, index=other.index, target=other.target)
-    return [first, replace(other, index=chip.index, target=chip.target)]
-
-
-# What became of udev's link, a device node, or a chip since the last poll; the chip's host path in
-# an answer, or the words of a refusal.
-SINCE_THE_POLL = """
-by-id/{chip.id} ../{chip.index}   /dev/tenstorrent/by-id/{chip.id}
-by-id/{chip.id} -             /dev/tenstorrent/{chip.index}
-by-id/{chip.id} ../{other.index}  /dev/tenstorrent/{chip.index}
-by-id/{chip.id} ../99         /dev/tenstorrent/{chip.index}
-{chip.index} {other.target}       /dev/tenstorrent/{chip.index} is missing or another device
-{chip.index} /etc                 /dev/tenstorrent/{chip.index} is missing or another device
-{chip.index} -                    /dev/tenstorrent/{chip.index} is missing or another device
-chip gone                     /dev/tenstorrent/{chip.index} is no longer chip {chip.pci}
-chip swapped                  /dev/tenstorrent/{chip.index} is no longer chip {chip.pci}
-"""
-
-
-def test_device_nodes_are_looked_at(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
+# What became of a link, and where it leads; the chip's host path then, or the words of a refusal.
+@rows(f"""
+    udev's link          by-id/{ID[0]}  ../0       /dev/tenstorrent/by-id/{ID[0]}
+    ... of another card  by-id/{ID[0]}  ../1       /dev/tenstorrent/0
+    another device       0  /dev/zero  /dev/tenstorrent/0 is missing or another device
+    the chip is gone     -  -          /dev/tenstorrent/0 is no longer chip {BDF}
+    another has its N    -  other      /dev/tenstorrent/0 is no longer chip {BDF}
+""")
+def test_device_nodes_are_looked_at(
+    kubelet: Kubelet, tree: Tree, launch: Launch, row: list[str]
+) -> None:
     """Whatever happened since the last poll, a Pod gets the card that it was promised, or a refusal
     (always 5). A link of udev's is preferred if it leads to the chip."""
-    rows = SINCE_THE_POLL.strip().splitlines()
-    made = chips("n150", *(f"{n + 1:02x} {n:04} 0" for n in range(2 * len(rows))), by_id=True)
-    made = tuple(replace(chip, target=NODES[chip.index % 2]) for chip in made)
-    for chip in made:
-        tree.add(chip)
-    launch(tree, kubelet, "--poll-seconds=60", offers=len(made))
-    for row, chip, other in zip(rows, made[::2], made[1::2], strict=True):
-        what, target, words = row.format(chip=chip, other=other).split(None, 2)
-        if what == "chip":
-            tree.remove(chip.pci)
-            for one in swapped(chip, tree.remove(other.pci)) if target == "swapped" else ():
-                tree.add(one)
-        else:
-            relink(tree.dev / "tenstorrent" / what, target)
-        if " " not in words:
-            kubelet.pre_start(R150, [chip.id])  # of an earlier instance's Allocate
-            (device,) = kubelet.allocate(R150, [chip.id])["devices"]
-            assert device["container_path"] == f"/dev/tenstorrent/{chip.index}"
-            assert device["host_path"] == words
-            continue
-        for call in (kubelet.allocate, kubelet.pre_start):
-            with refused("FAILED_PRECONDITION", f"card {chip.id} (n150, ", words):
-                call(R150, [chip.id])
+    link, target, words = row[1:]
+    chip, other = replace(N150[0], by_id=True), replace(N150[1], target=NODES[1])
+    tree.add(chip)
+    tree.add(other)
+    launch(tree, kubelet, "--poll-seconds=60", offers=2)
+    if link == "-":
+        tree.remove(BDF)
+    else:
+        relink(tree.dev / "tenstorrent" / link, target)
+    if target == "other":  # the number of a device node goes with N: only sysfs tells
+        tree.add(replace(tree.remove(other.pci), index=0, target=chip.target))
+    if " " not in words:
+        kubelet.pre_start(R150, [chip.id])  # of an earlier instance's Allocate
+        (device,) = kubelet.allocate(R150, [chip.id])["devices"]
+        assert (device["container_path"], device["host_path"]) == ("/dev/tenstorrent/0", words)
+        return
+    for call in (kubelet.allocate, kubelet.pre_start):
+        with refused("FAILED_PRECONDITION", f"card {chip.id} (n150, ", words):
+            call(R150, [chip.id])
 
 
-def test_renumbered(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
-    """Cards swap their N while two Pods hold them, and containers restart with the old answer:
-    by udev's link one gets its card again. A bare N is the other's card now: it does not start."""
+@both_generations
+def test_pods_keep_their_cards(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
+    """Each Pod is admitted once, and its container starts often with that answer, whatever restarts
+    meanwhile. Two cards swap their N: by udev's link one Pod gets its card again. A bare N is the
+    other's card now: it does not start."""
     first, second = replace(N150[0], by_id=True), replace(N150[1], target=NODES[1])
     tree.add(first)
     tree.add(second)
-    launch(tree, kubelet, FAST, offers=2)
+    plugin = launch(tree, kubelet, FAST, offers=2)
     for pod, chip in (("linked", first), ("bare", second)):
         kubelet.admit(pod, {R150: 1}, {R150: [chip.id]})
         assert kubelet.start_container(pod)["devices"][0]["resolved"] == chip.target
@@ -1914,34 +1899,22 @@ def test_renumbered(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     tree.remove(first.pci)
     tree.remove(second.pci)
     kubelet.wait_status(R150, 2, 0, after=mark)
-    for chip in swapped(first, second):
-        tree.add(chip)
+    tree.add(replace(first, index=1, target=NODES[1]))
+    tree.add(replace(second, index=0, target=NODES[0]))
     kubelet.wait_status(R150, 2, 2, after=mark)
-    assert kubelet.start_container("linked")["devices"][0]["resolved"] == second.target
+    started = kubelet.start_container("linked")
+    assert started["devices"][0]["resolved"] == second.target
     with refused("FAILED_PRECONDITION", "it was /dev/tenstorrent/1 when this Pod was admitted"):
         kubelet.start_container("bare")
     relink(tree.by_id / first.id, "../0")  # udev is late
     with refused("FAILED_PRECONDITION", f"it was /dev/tenstorrent/by-id/{first.id} when this Pod"):
         kubelet.start_container("linked")
-
-
-@both_generations
-def test_pod(kubelet: Kubelet, four: Tree, launch: Launch, plugin: Plugin) -> None:
-    """A Pod's life: admitted once, started often, with the first answer all the time, whatever
-    restarts meanwhile; no other Pod gets its cards."""
-    ids = kubelet.admit("pod", {R150: 2})["ids"]
-    first, mark = kubelet.start_container("pod"), kubelet.log.mark()
+    relink(tree.by_id / first.id, "../1")
     plugin.end(signal.SIGKILL)
-    kubelet.wait_status(R150, 4, 0, after=mark)
-    launch(four, kubelet, offers=4)
-    assert kubelet.start_container("pod") == first
-    mark = kubelet.log.mark()
     kubelet.kill()
-    kubelet.start()
-    kubelet.wait_status(R150, 4, 4, after=mark)
-    assert kubelet.admit("pod", {R150: 2})["ids"] == ids
-    assert kubelet.start_container("pod") == first and len(kubelet.seen("allocated")) == 1
-    assert sorted(ids[R150] + kubelet.admit("second", {R150: 2})["ids"][R150]) == ID
+    launch(tree, kubelet, offers=2)
+    assert kubelet.admit("linked", {R150: 1})["ids"] == {R150: [first.id]}
+    assert kubelet.start_container("linked") == started and len(kubelet.seen("allocated")) == 2
 
 
 def dial(kubelet: Kubelet) -> grpc.Channel:
