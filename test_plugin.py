@@ -1147,7 +1147,6 @@ def test_kubelet_topology_hints(kubelet: Kubelet, puppets: Puppets) -> None:
 
 # ==== Section 3. Discovery: what sysfs says, and what is known of a chip by it ====================
 
-CALM = hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 BDF = N150[0].pci
 FIRST = tt.Chip(BDF, 0)  # the first chip as it is before it is identified
 UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
@@ -1287,7 +1286,6 @@ def test_what_is_read_again(room: Path) -> None:
     assert inventory.readers == readers and inventory.snapshot.cards == cards
     shutil.copytree(entry, draft, symlinks=True)
     entry.rename(tree.drafts / "old")
-    assert discovery.chip_at(0) is None
     draft.rename(entry)
     inventory.poll(2.0)
     assert not inventory.readers.keys() & readers.keys()
@@ -1336,13 +1334,12 @@ def test_pci_functions_without_a_device_node(room: Path) -> None:
     for chip in N150[1:]:
         (folder / chip.pci).unlink()
     tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
-    inventory.poll(1.0)  # no class device has come or gone
-    assert len(inventory.snapshot.cards) == 1 and inventory.snapshot.driver == "2.11.0"
     tree.write(folder / "0000:98:00.0/vendor", "0x1e52\n")
-    inventory.poll(2.0)  # a card comes, and no driver takes it
+    inventory.poll(1.0)  # a card comes, and no driver takes it; no class device has come or gone
+    assert inventory.snapshot.driver == "2.11.0"
     assert brief(inventory.snapshot) == f"n150 {N150[0].id} 0 +ok, - 0000:98:00.0  ?no-driver"
     shutil.rmtree(tree.sys / "bus")
-    inventory.poll(3.0)
+    inventory.poll(2.0)
     assert len(inventory.snapshot.cards) == 1
 
 
@@ -1442,7 +1439,7 @@ def looks(room: Path) -> list[list[tt.Chip]]:
     return found
 
 
-@CALM
+@hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @given(st.lists(POLLS, min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_no_chip_is_healthy_under_two_ids(
     looks: list[list[tt.Chip]], polls: list[Any], order: random.Random
@@ -1463,7 +1460,8 @@ def test_no_chip_is_healthy_under_two_ids(
         snapshot = tt.next_snapshot(old, poll, tt.Settings(), now)
         assert snapshot == tt.next_snapshot(old, shuffled, tt.Settings(), now)
         names = [" ".join(line.split()[:2]) for line in brief(snapshot).split(", ")]
-        for card, name in zip(snapshot.cards, names, strict=False):
+        named = list(zip(snapshot.cards, names, strict=False))
+        for card, name in named:
             if card.verdict.health == "Healthy":
                 size = 2 if card.model == "p300" else 1
                 assert [owner.get(chip.pci) for chip in card.chips] == [name] * size
@@ -1471,23 +1469,19 @@ def test_no_chip_is_healthy_under_two_ids(
         assert len(ids) == len(snapshot.cards)
         assert ids >= {card.id for card in old.cards if card.resource}
         assert owner.keys() <= {chip.pci for card in snapshot.cards for chip in card.chips}
-    well = {
-        name for name, card in zip(names, snapshot.cards, strict=True) if card.verdict.kind == "ok"
-    }
+    well = {name for card, name in named if card.verdict.kind == "ok"}
     assert well == {name for _, name in NODE} - {"it cannot be paired"}
 
 
 def judged(word: str) -> tt.Judged:
     """A chip in one poll: its letter; "@5" its N; "/09" its bus; "?" if it is not identified;
     "=hung" the kind of its verdict."""
-    letter, index, bus, unknown, kind = re.findall(r"^(.)(@.)?(/..)?(\??)=?(.*)$", word)[0]
-    one = chip_of(ACTORS[letter][0])
-    chip = tt.Chip(f"0000:{bus[1:] or one.pci[5:7]}:00.0", int(index[1:] or one.index))
+    letter, index, bus, unknown, kind = re.findall(r"^(.)(?:@(.))?(?:/(..))?(\??)=?(.*)$", word)[0]
+    chip = replace(chip_of(ACTORS[letter][0]), unknown=unknown)
+    pci = f"0000:{bus or chip.pci[5:7]}:00.0"
+    chip = replace(chip, pci=pci, index=int(index or chip.index))
     if unknown:
-        kind = kind or "pending"
-    else:
-        chip = replace(chip, arch=one.arch, card_type=one.card_type, unknown="")
-        chip = replace(chip, asic_id=one.asic_id, serial=one.serial)
+        chip, kind = replace(chip, arch="", card_type="", asic_id=""), kind or "pending"
     return chip, tt.make_verdict(kind, chip=chip, detail="EIO") if kind else tt.Verdict()
 
 
@@ -1537,6 +1531,7 @@ class Acme:
     """Another vendor's discovery: what README's "For another vendor's card" asks for."""
 
     driver_version = str  # there is none
+    pci_functions: Any = staticmethod(lambda known: [])  # nor a chip without it
     find: Callable[[], object] = bool  # called at each poll
     look: Callable[[tt.Chip], object] = bool  # and at each read
 
@@ -1544,9 +1539,6 @@ class Acme:
         self.dev_folder, self.there = str(folder), list(there)
         made: Any = self
         self.inventory = tt.Inventory(tt.Settings(resource_domain="x.org", poll_seconds=0.0), made)
-
-    def pci_functions(self, known: object) -> list[tuple[tt.Chip, str]]:
-        return []
 
     def chips(self) -> list[tt.Chip]:
         self.find()
@@ -1566,12 +1558,12 @@ def test_for_another_vendors_card(room: Path) -> None:
     """With another discovery all the rest is as it is: what is listed, and what a Pod gets."""
     acme = Acme(room, 1, 2, 3)
     shared = tt.Shared(acme.inventory, tt.preferred_allocation, lambda cards: [])
-    plugin, container = tt.DevicePlugin(shared, "x.org/x1"), api.ContainerAllocateRequest()
-    container.devices_ids.extend(["acme-3", "acme-1"])
+    plugin = tt.DevicePlugin(shared, "x.org/x1")
+    one = api.ContainerAllocateRequest(devices_ids=["acme-3", "acme-1"])
+    request = api.AllocateRequest(container_requests=[one])
     for n in acme.there:
         (room / str(n)).symlink_to("/dev/null")
     acme.inventory.poll(0.0)
-    request = api.AllocateRequest(container_requests=[container])
     (answer,) = as_dict(asyncio.run(plugin.Allocate(request, None)))["container_responses"]
     paths = [device["host_path"] for device in answer["devices"]]
     assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
@@ -1706,7 +1698,7 @@ def test_preferred_allocation(row: list[str]) -> None:
 
 def test_trays_stay_whole(bound: Bound) -> None:
     """A Galaxy's trays are taken whole while that is possible, and one that is broken is used up
-    first. A tray is one Galaxy's, though another one has the same bus numbers."""
+    first."""
     galaxy, free = CARDS["galaxy"], set(CARDS["galaxy"])
     for size in (8, 16, 24, 32):
         began = time.thread_time()
@@ -1717,8 +1709,6 @@ def test_trays_stay_whole(bound: Bound) -> None:
         chosen = tt.preferred_allocation(galaxy, sorted(free), [], size)
         free -= set(chosen)
         assert {card_id[0] for card_id in chosen} == {tray}
-    other = replace(galaxy["c1"], chips=(tt.Chip("0001:c1:00.0"),))
-    assert tt.tray(other) != tt.tray(galaxy["c1"])
 
 
 @given(st.data())
@@ -1774,9 +1764,9 @@ def test_device_list(numa: str) -> None:
     behind DMA domains    auto    DMA-FQ DMA    there
     one chip is not       auto    DMA identity  there, mounted
     one without an IOMMU  auto    - DMA         there, mounted
-    a host without        auto    identity      -
-    by the flag           always  DMA           mounted
-    ... or not            never   identity      there
+    a host without        auto    - identity    -
+    by the flag           always  DMA DMA       mounted
+    ... or not            never   - identity    there
 """)
 def test_container_response(tmp_path: Path, row: list[str]) -> None:
     """Device nodes, a variable of the resource's own, and 1 GiB pages: if the host has them and a
@@ -1786,10 +1776,10 @@ def test_container_response(tmp_path: Path, row: list[str]) -> None:
     types = [text.strip("-") for text in iommus.split()]
     chips = [tt.Chip(f"0000:0{n}:00.0", n, iommu=one) for n, one in enumerate(types)]
     settings = tt.Settings(dev_root=tmp_path, hugepages=flag)
-    answer = tt.container_response(settings, "a-b.org/c.d", chips, ["/x", "/y"][: len(chips)])
+    answer = tt.container_response(settings, "a-b.org/c.d", chips, ["/x", "/y"])
     nodes = [(one.container_path, one.host_path, one.permissions) for one in answer.devices]
-    known = [("/dev/tenstorrent/0", "/x", "rw"), ("/dev/tenstorrent/1", "/y", "rw")]
-    assert nodes == known[: len(chips)] and not answer.annotations and not answer.cdi_devices
+    assert nodes == [("/dev/tenstorrent/0", "/x", "rw"), ("/dev/tenstorrent/1", "/y", "rw")]
+    assert not answer.annotations and not answer.cdi_devices
     assert answer.envs == {"PCIDEVICE_A_B_ORG_C_D": ",".join(chip.pci for chip in chips)}
     mounts = [(one.container_path, one.host_path, one.read_only) for one in answer.mounts]
     assert mounts == [("/dev/hugepages-1G", "/dev/hugepages-1G", False)] * ("mounted" in facts)
@@ -1814,7 +1804,7 @@ CALLS = [
 def test_calls(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
     """Each call has its answer, or is refused as a whole by a status with a sentence; no refusal
     hurts what follows. Containers are counted, and refusals by status."""
-    plugin, counts = launch(four, kubelet, HTTP, offers=4), Counter[tuple[str, ...]]()
+    plugin, counts = launch(four, kubelet, HTTP, offers=4), Counter[str]()
     for method, words, wanted in random.Random(6).sample(CALLS * 2, 2 * len(CALLS)):
         parts = [part.split() for part in words.split("|")]
         ids = [[ID[int(word)] if word in "0123" else word for word in part] for part in parts]
@@ -1828,18 +1818,17 @@ def test_calls(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
             code, sentence = wanted.split(" ", 1)
             with refused(code, sentence):
                 kubelet.rpc(R150, method, request)
-            counts["refusals", method, code] += 1
+            counts[f"refusals_total call={method} code={code} resource={R150}"] += 1
             continue
         answers = kubelet.rpc(R150, method, request).get("container_responses", ())
         if method == "Allocate":
-            counts["allocations", "", ""] += len(answers)
+            counts[f"allocations_total resource={R150}"] += len(answers)
             shown = [[one["host_path"][-1] for one in each["devices"]] for each in answers]
         else:
             shown = [[str(ID.index(name)) for name in each["deviceIDs"]] for each in answers]
         assert " | ".join(map(" ".join, shown)) == wanted
-    pattern = rf'plugin_(\w+)_total{{resource="{R150}"(?:,call="(\w+)",code="(\w+)")?}} (\d+)\.0$'
-    metrics = re.findall(pattern, fetch(plugin, "/metrics")[1], re.M)
-    assert {tuple(labels): int(count) for *labels, count in metrics} == counts
+    lines = {line for line in told(fetch(plugin, "/metrics")[1]) if line.startswith(("al", "ref"))}
+    assert lines == {f"{name} {count}" for name, count in counts.items()}
     assert kubelet.rpc(R150, "GetDevicePluginOptions", {}) == OPTIONS
 
 
