@@ -1310,7 +1310,6 @@ def test_class_entries(room: Path) -> None:
     chips = [tt.Chip(BDF, 0, first, ("pci0000:01",)), other]
     assert sorted(discovery.chips(), key=lambda chip: chip.index) == chips
     shutil.rmtree(tree.sys / "class")
-    assert discovery.chips() == []
     (tree.sys / "class").symlink_to("class")
     with pytest.raises(OSError, match="symbolic links"):
         discovery.chips()
@@ -1338,9 +1337,6 @@ def test_pci_functions_without_a_device_node(room: Path) -> None:
     inventory.poll(1.0)  # a card comes, and no driver takes it; no class device has come or gone
     assert inventory.snapshot.driver == "2.11.0"
     assert brief(inventory.snapshot) == f"n150 {N150[0].id} 0 +ok, - 0000:98:00.0  ?no-driver"
-    shutil.rmtree(tree.sys / "bus")
-    inventory.poll(2.0)
-    assert len(inventory.snapshot.cards) == 1
 
 
 # ==== Section 4. Health: README's table, row by row ===============================================
@@ -1524,9 +1520,6 @@ def test_what_becomes_of_a_card(row: list[str]) -> None:
         assert re.search(words, f"{card.verdict.reason} since {card.since - 100:.0f}")
 
 
-# The inventory: the thread that polls, and those that read
-
-
 class Acme:
     """Another vendor's discovery: what README's "For another vendor's card" asks for."""
 
@@ -1650,9 +1643,8 @@ def test_polling_thread(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert told == ["", one, one, one, two] and brief(acme.inventory.snapshot) == two
     assert "".join(record.levelname[0] for record in caplog.records) == "EEWIEWEI"
     assert caplog.text.count("ValueError: woken: True") == 3 and not woken.acquire(blocking=False)
-    assert "cannot look for cards, the last list stands: OSError: [Errno 24]" in caplog.text
-    assert "cannot look for cards, the last list stands: ValueError: 1" in caplog.text
-    assert caplog.text.count("the cards can be looked for again") == 2
+    problems = re.findall("cannot look for cards, the last list stands: (.*)", caplog.text)
+    assert problems == ["OSError: [Errno 24] ", "ValueError: 1"]
 
 
 # ==== Appendix A. Preferred allocation ============================================================
@@ -1744,18 +1736,17 @@ OPTIONS = {"pre_start_required": True, "get_preferred_allocation_available": Tru
 FAST, HTTP = "--poll-seconds=0.1", "--listen=127.0.0.1:0"
 
 
-# NUMA nodes of a healthy card, and of an unhealthy one; "-": not known.
-@pytest.mark.parametrize("numa", ["0 1", "1 0,1", "0 -", "- -"])
-def test_device_list(numa: str) -> None:
+# NUMA nodes of a healthy card, and of an unhealthy one; []: not known.
+@pytest.mark.parametrize("numa", [([0], [1]), ([1], [0, 1]), ([0], []), ([], [])])
+def test_device_list(numa: tuple[list[Any], ...]) -> None:
     """The whole list of a resource, each card with its health, and with its NUMA nodes if all the
     resource's cards have some."""
     cards, wanted = [], list[Event]()
-    for health, nodes in zip(("Healthy", "Unhealthy"), numa.split(), strict=True):
-        known = [None if n == "-" else int(n) for n in nodes.split(",")]
-        chips = tuple(tt.Chip("0000:01:00.0", numa_node=node) for node in known)
+    for health, nodes in zip(("Healthy", "Unhealthy"), numa, strict=True):
+        chips = tuple(tt.Chip("0000:01:00.0", numa_node=node) for node in nodes or [None])
         cards.append(tt.Card(health, "n150", R150, chips, tt.Verdict(health)))
-        topology = {"topology": {"nodes": [{"ID": n} for n in nodes.split(",")]}}
-        wanted.append({"ID": health, "health": health, **({} if "-" in numa else topology)})
+        topology = {"topology": {"nodes": [{"ID": f"{node}"} for node in nodes]}}
+        wanted.append({"ID": health, "health": health, **(topology if all(numa) else {})})
     others = [replace(cards[1], id="other", resource=name) for name in (R300, None)]
     assert as_dict(tt.device_list(tt.Snapshot((*cards, *others)), R150)) == {"devices": wanted}
 
@@ -1793,8 +1784,6 @@ CALLS = [
     ("Allocate", "", f"INVALID_ARGUMENT no card IDs of {R150} in the request"),
     ("Allocate", "0 | ", "INVALID_ARGUMENT no card IDs of"),
     ("Allocate", "1 | 1", f"INVALID_ARGUMENT the card ID '{ID[1]}' of {R150} is named twice"),
-    ("PreStartContainer", "1 0", ""),
-    ("PreStartContainer", "0 x", "NOT_FOUND no card 'x' of"),
     ("GetPreferredAllocation", "0 1 2 3 | 1", "1 0"),
     ("GetPreferredAllocation", "0 | ", "INVALID_ARGUMENT cannot choose 2 of 1"),
 ]
@@ -1812,15 +1801,13 @@ def test_calls(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
         if method == "GetPreferredAllocation":
             names = ("available_deviceIDs", "must_include_deviceIDs", "allocation_size")
             request = {"container_requests": [dict(zip(names, (*ids, 2), strict=True))]}
-        if method == "PreStartContainer":
-            request = {"devices_ids": ids[0]}
         if wanted[:1].isupper():
             code, sentence = wanted.split(" ", 1)
             with refused(code, sentence):
                 kubelet.rpc(R150, method, request)
             counts[f"refusals_total call={method} code={code} resource={R150}"] += 1
             continue
-        answers = kubelet.rpc(R150, method, request).get("container_responses", ())
+        answers = kubelet.rpc(R150, method, request)["container_responses"]
         if method == "Allocate":
             counts[f"allocations_total resource={R150}"] += len(answers)
             shown = [[one["host_path"][-1] for one in each["devices"]] for each in answers]
@@ -1914,8 +1901,7 @@ def dial(kubelet: Kubelet) -> grpc.Channel:
 
 def test_hostile_calls(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Bound) -> None:
     """Whatever is sent, there is a status with a sentence, and honest callers hardly notice. Each
-    stream is told each change, and nothing else, whatever becomes of others (story 12); that of a
-    kubelet which is stopped, later (contract 7)."""
+    stream is told each change, and nothing else, whatever becomes of others (story 12)."""
 
     def send(channel: Any, data: bytes, method: str = "Allocate") -> Any:
         return channel.unary_unary(f"/v1beta1.DevicePlugin/{method}").future(data, timeout=30)
@@ -1946,12 +1932,10 @@ def test_hostile_calls(kubelet: Kubelet, four: Tree, plugin: Plugin, bound: Boun
         for stream in streams[::2]:
             stream.cancel()
         mark = kubelet.log.mark()
-        os.kill(kubelet.process.pid, signal.SIGSTOP)
         four.remove(N150[0].pci)
         for stream in streams[1::2]:
             health = {device.ID: device.health for device in next(stream).devices}
             assert health == {**dict.fromkeys(ID, "Healthy"), ID[0]: "Unhealthy"}
-        os.kill(kubelet.process.pid, signal.SIGCONT)
         kubelet.wait_status(R150, 4, 3, after=mark)
     kubelet.log.never(lambda event: True, 1.3, kubelet.log.mark())  # for more than a poll
     assert kubelet.kinds(R150, mark) == ["devices", "status"]
