@@ -1410,8 +1410,8 @@ NODE = [(chip_of(text), name) for text, name in ACTORS.values() if name]
 WRONG: list[dict[str, Any]] = [
     {},
     *({"asic_id": text} for text in ("F" * 16, "0" * 16, "junk")),
-    *({"serial": text} for text in ("F" * 16, "0" * 16, "junk", "")),
     *({"card_type": "unknown", "serial": text} for text in ("F" * 16, "0" * 16)),
+    *({"serial": text} for text in ("F" * 16, "0" * 16, "junk", "")),
     dict.fromkeys(("card_type", "asic_id", "serial"), ""),
 ]
 # A poll: is the plugin started anew? How far have the chips moved? Each is away (None), or has
@@ -1435,6 +1435,7 @@ def looks(room: Path) -> list[list[tt.Chip]]:
 
 @hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @given(st.lists(POLLS, min_size=1, max_size=6), st.randoms(use_true_random=False))
+@hypothesis.example([(False, 0, [(-2, "")] * 2)], random.Random(0))  # halves without a serial
 def test_no_chip_is_healthy_under_two_ids(
     looks: list[list[tt.Chip]], polls: list[Any], order: random.Random
 ) -> None:
