@@ -2032,20 +2032,21 @@ def test_registers(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, w
     assert stat.S_IMODE(mode) == 0o700, "for root alone"
 
 
-@pytest.mark.parametrize(
-    ("fault", "pauses"),
-    [
-        ("register_fails", [0.004, 0.008, 0.016, 0.032, 0.064]),
-        ("drop_streams", [0.004, 0.008, 0.016, 0.03, 0.03, 0.03]),
-        ("no_stream", [5.0]),
-        pytest.param("register_hangs", [12.0], marks=long_only),
-    ],
-)
-def test_goes_round(
-    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, fault: str, pauses: list[float]
-) -> None:
+# What goes wrong, and the pauses between one try and the next.
+PAUSES = {
+    "register_fails": [0.004, 0.008, 0.016, 0.032, 0.064],
+    "drop_streams": [0.004, 0.008, 0.016, *[0.032] * 5],
+    "no_stream": [5.0],
+    "register_hangs": [12.0],
+}
+
+
+@pytest.mark.parametrize("fault", PAUSES)
+def test_goes_round(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, fault: str) -> None:
     """A Register that fails or hangs, that no stream follows, or whose stream ends at once: tried
     again, ever more slowly, and said once. Another kubelet is met at once, and tried again soon."""
+    if (pauses := PAUSES[fault]) == [12.0] and not LONG:
+        pytest.skip("takes long: ./build.sh test --long")
     kubelet.start()
     kubelet.faults(**{fault: len(pauses)})
     plugin = launch(four, kubelet)
@@ -2555,7 +2556,7 @@ def every_metric(room: Path) -> str:
 
 def test_every_metric(every_metric: str) -> None:
     """Base units, tt-telemetry's names. A card that is gone keeps its verdict and has no readings:
-    the last ones would be taken for those of now. promtool finds no fault with the page."""
+    the last ones would be taken for those of now."""
     text = re.sub(r"0000:(..):00\.0", r"\1", "\n".join(told(every_metric)))
     one, two = N150[:2]
     names: Event = {"G": grpc.__version__, "P": sys.version.split()[0], "V": tt.__version__}
@@ -2564,11 +2565,6 @@ def test_every_metric(every_metric: str) -> None:
         text = text.replace(f"={name} ", f"={short} ").replace("/dev/tenstorrent", "DEV")
     readings = [reading.replace("=", " card=A chip=01 ") for reading in READINGS_OF_A.split()]
     assert sorted(text.splitlines()) == sorted([*PAGE.strip().splitlines(), *readings])
-    where = f"{os.environ.get('PATH')}:{HERE}/build/promtool/usr/bin"
-    if not (promtool := shutil.which("promtool", path=where)):
-        pytest.skip("there is no promtool (Debian: package prometheus)")
-    done = finish([promtool, "check", "metrics"], input=every_metric)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_junk_readings(room: Path) -> None:

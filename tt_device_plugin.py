@@ -897,9 +897,9 @@ PACE_S = 0.05
 REGISTER_S = 12.0
 STREAM_S = 5.0  # how soon after Register the kubelet must open its stream
 # Pause before the same kubelet is tried again: 4 ms, doubled each time, up to FAILED_S after a
-# registration that failed, and DROPPED_S after one that held for less than a second. Another
-# kubelet, which has another kubelet.sock, is tried at once.
-FAILED_S, DROPPED_S = 5.0, 0.03
+# registration that failed, and 32 ms (DROPPED doublings) after one that held for less than a
+# second. Another kubelet, which has another kubelet.sock, is tried at once.
+FAILED_S, DROPPED = 5.0, 4
 STOP_S = 0.2  # grace for calls under way when a server stops; its streams end by themselves
 REQUEST_BYTES = 256 * 1024  # largest request: ten times the IDs of the largest node
 SOCKET = "tenstorrent-{model}-{token}.sock"
@@ -1081,8 +1081,7 @@ class Registrar:
         refused = self._refused[resource] = LogOnChange()
         kubelet, cause, problem, tries = "", "start", "", 0
         while True:
-            longest = FAILED_S if problem else DROPPED_S
-            backoff = min(longest, 0.002 * 2**tries) if tries else 0.0
+            backoff = min(FAILED_S, 0.002 * 2**tries) if tries else 0.0
             last, kubelet = kubelet, await self.wait_for_kubelet(kubelet, backoff)
             tries = tries if kubelet == last else 0
             began = time.monotonic()
@@ -1094,7 +1093,7 @@ class Registrar:
                 log.exception("registering %s failed", resource)
                 cause, problem = "defect", repr(error)
             lasted = not problem and time.monotonic() - began > 1
-            tries = 0 if lasted else min(tries + 1, 20)
+            tries = 0 if lasted else min(tries + 1, 20 if problem else DROPPED)
             refused.set(f"{problem}; trying again" if problem else "", about=f"{resource}: ")
 
     async def wait_for_kubelet(self, last: str, backoff: float) -> str:
