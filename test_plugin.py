@@ -2995,25 +2995,18 @@ def packed(request: pytest.FixtureRequest) -> Path:
     return Path(request.param)
 
 
-@functools.cache
 def interpreters() -> dict[int, str]:
-    """The CPythons 3.N of this machine, by N: pyenv's, and those on PATH."""
+    """The CPythons 3.N of this machine, by N: pyenv's, and those on PATH, which has pyenv's shims,
+    too: these may refuse, and come last."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = {n: path for n in range(4, 20) if (path := shutil.which(f"python3.{n}"))}
-    for python in pyenv.glob("versions/3.*/bin/python3"):  # and not its shims, which may refuse
-        found[int(python.parts[-3].split(".")[1])] = str(python)
-    return found
-
-
-def pins() -> dict[str, str]:
-    """Name and version of each package in the runtime part of requirements.txt."""
-    part = (HERE / "requirements.txt").read_text().split("# ---- ")[1]
-    return dict(re.findall(r"^([\w.-]+)==(\S+)", part, re.M))
+    folders = [*map(str, pyenv.glob("versions/3.*/bin")), os.environ["PATH"]]
+    which = functools.partial(shutil.which, path=os.pathsep.join(folders))
+    return {n: path for n in range(4, 20) if (path := which(f"python3.{n}"))}
 
 
 def test_packed_file(packed: Path) -> None:
     """Wherever it is built: the same bytes, whose SHA-256 the build says, with native modules for
-    just its interpreters. The universal file has a list of contents: valid CycloneDX, and true."""
+    just its interpreters. The universal file has a list of contents, which is true."""
     before, words = packed.read_bytes(), ["--universal"] if packed == UNIVERSAL else []
     others = [path for n, path in interpreters().items() if words and n in PYTHONS]
     packed.unlink()
@@ -3024,49 +3017,40 @@ def test_packed_file(packed: Path) -> None:
     assert hashlib.sha256(before).hexdigest() in done.stdout
     assert stat.S_IMODE(packed.stat().st_mode) == 0o755, "any user may run it"
     with zipfile.ZipFile(packed) as archive:
-        entries = archive.infolist()
-        content = {entry.filename: archive.read(entry) for entry in entries}
-    assert list(content) == sorted(content)
-    dates_and_modes = {(entry.date_time[0], entry.external_attr >> 16) for entry in entries}
-    assert dates_and_modes == {(1980, 0o100644)}
-    assert [name for name, data in content.items() if str(HERE).encode() in data] == []
-    found = re.findall(r"cygrpc\.cpython-3(\d+)-(\w+)-linux-gnu\.so$", "\n".join(content), re.M)
+        content = {entry: archive.read(entry) for entry in archive.infolist()}
+    assert {(one.date_time[0], one.external_attr >> 16) for one in content} == {(1980, 0o100644)}
+    assert [one for one in content if str(HERE).encode() in content[one]] == []
+    names = "\n".join(one.filename for one in content)
+    found = re.findall(r"cygrpc\.cpython-3(\d+)-(\w+)-linux-gnu\.so$", names, re.M)
     if packed == PYZ:
         assert found == [(str(sys.version_info.minor), platform.machine())]
-        return
-    assert {*found} == {(str(minor), cpu) for minor in PYTHONS for cpu in DEBIAN_CPU}
-    text = content["sbom.cdx.json"].decode()
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
-    sbom = json.loads(text)
-    listed = {one["name"].replace("_", "-"): one["version"] for one in sbom["components"]}
-    assert listed == pins() and all(one["licenses"] for one in sbom["components"])
-    about = sbom["metadata"]["component"]
-    assert (about["name"], about["version"]) == ("tt-device-plugin", tt.__version__)
+    else:
+        assert {*found} == {(str(minor), cpu) for minor in PYTHONS for cpu in DEBIAN_CPU}
+        (sbom,) = (json.loads(content[one]) for one in content if one.filename == "sbom.cdx.json")
+        listed = {one["name"].replace("_", "-"): one["version"] for one in sbom["components"]}
+        part = (HERE / "requirements.txt").read_text().split("# ---- ")[1]
+        assert listed == dict(re.findall(r"^([\w.-]+)==(\S+)", part, re.M))
+        assert all(one["licenses"] for one in sbom["components"])
 
 
-NOBODY = "PIP_INDEX_URL=http://127.0.0.1:1/simple PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= "
-NOBODY += "PIP_CONFIG_FILE=/dev/null PIP_NO_CACHE_DIR=1 PIP_RETRIES=0"
-# What is changed in requirements.txt, the words after ./build.sh, its variables, what it says.
-REFUSED = {
-    "a tampered mirror": (r"sha256:\w{8}", "sha256:00000000", "", "", "hash"),
-    "a list not locked": ("for: grpcio==", "for: grpcio!=", "", "", r"\./build\.sh lock"),
-    "the user's index, no other": ("^", "", "", NOBODY, "grpcio"),
-    "no container tool": ("^", "", "image", "TOOL=no-such-tool", "no-such-tool(.|\n)*podman"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_builds(tmp_path: Path, case: str) -> None:
+def test_refused_builds(tmp_path: Path) -> None:
     """A sentence and exit code 1, and no file, in a folder that has built nothing yet."""
     ignore = shutil.ignore_patterns("build", "dist", ".git", "__pycache__", ".*cache")
     project = Path(shutil.copytree(HERE, tmp_path / "project", ignore=ignore))
-    old, new, words, variables, says = REFUSED[case]
-    path = project / "requirements.txt"
-    path.write_text(re.sub(old, new, path.read_text()))
-    more: dict[str, Any] = dict(one.split("=", 1) for one in variables.split())
-    done = build(project, *words.split(), **more)
-    assert done.returncode == 1 and re.search(says, done.stderr, re.I), done.stderr
-    assert not (project / "dist").exists()
+    path, nobody = project / "requirements.txt", "http://127.0.0.1:1/simple"
+    index: Any = {"PIP_INDEX_URL": nobody, "PIP_EXTRA_INDEX_URL": nobody, "PIP_FIND_LINKS": ""}
+    index |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0"}
+    locked, no_tool = path.read_text(), {"TOOL": "no-such-tool"}
+    for old, new, words, variables, says in (
+        ("^", "", [], index, "grpcio"),  # the user's index is asked, and no other
+        (r"sha256:\w{8}", "sha256:00000000", [], {}, "hash"),  # a tampered mirror
+        ("for: grpcio==", "for: grpcio!=", [], {}, r"\./build\.sh lock"),  # a list not locked
+        ("^", "", ["image"], no_tool, "no-such-tool(.|\n)*podman"),
+    ):
+        path.write_text(re.sub(old, new, locked))
+        done = build(project, *words, **variables)
+        assert done.returncode == 1 and re.search(says, done.stderr, re.I), done.stderr
+        assert not (project / "dist").exists()
 
 
 # Where it runs
