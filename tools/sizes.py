@@ -71,7 +71,7 @@ def main() -> int:
         *(
             (name, "lines", count_lines((TOP / name).read_text()), most, goal)
             for name, most, goal in (
-                ("test_plugin.py", 3601, 3300),
+                ("test_plugin.py", 3300, 3300),
                 ("README.md", 330, 330),
                 ("build.sh", 380, 380),
             )
