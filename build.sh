@@ -54,9 +54,8 @@ PARTS=(runtime test sbom uv stubs)
 asked_for() { # PART
     case $1 in
         runtime) echo grpcio==1.85.1 protobuf==7.36.2 ;;
-        test) echo pytest hypothesis PyYAML prometheus-client jsonschema kubernetes-validate \
-            'cyclonedx-python-lib[json-validation]' pip ruff mypy mypy-protobuf types-protobuf \
-            types-grpcio types-PyYAML types-jsonschema ;;
+        test) echo pytest hypothesis PyYAML prometheus-client kubernetes-validate pip ruff mypy \
+            mypy-protobuf types-protobuf types-grpcio types-PyYAML ;;
         sbom) echo cyclonedx-bom ;;
         uv) echo uv==0.13.9 ;;
         stubs) echo grpcio-tools==1.62.3 ;;

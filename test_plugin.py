@@ -2069,7 +2069,7 @@ def test_goes_round(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, 
     bound("a better kubelet answers: registered", seconds, AGAIN_S)
 
 
-def test_the_lock_goes_last(kubelet: Kubelet, four: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_goes_last(kubelet: Kubelet, four: Tree) -> None:
     """serve() ends when all that it began has ended: the next instance finds no socket, and no
     registration of this one follows. A stream that ends at the same time is no exception."""
     settings = tt.Settings(kubelet.root, four.sys, four.dev)
@@ -2089,8 +2089,9 @@ def test_the_lock_goes_last(kubelet: Kubelet, four: Tree, monkeypatch: pytest.Mo
             assert not sockets(kubelet)
             assert not [task for task in asyncio.all_tasks() if "Registrar" in repr(task)]
 
-    monkeypatch.setattr(os, "umask", bool)  # that of this process stays
-    asyncio.run(main())
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o077))  # this process's is as before
+        asyncio.run(main())
 
 
 # + starts the next instance, a digit ends that one, / is a new kubelet in a new folder.

@@ -63,17 +63,17 @@ def main() -> int:
     function, name = longest_function(module)
     # Size, bound and goal. A bound is what has been reached: it goes down with the file, never up.
     rows = [
-        ("tt_device_plugin.py", "lines of code", count_code(module), 1425, 1000),
-        ("", "lines", count_lines(module), 2018, 1500),
+        ("tt_device_plugin.py", "lines of code", count_code(module), 1424, 1000),
+        ("", "lines", count_lines(module), 2017, 1500),
         ("", "columns", max(map(len, module.splitlines())), 100, 100),
-        ("", f"line of {STOP!r}", find_stop(module), 1192, 950),
+        ("", f"line of {STOP!r}", find_stop(module), 1191, 950),
         ("", f"longest function ({name})", function, 40, 40),
         *(
             (name, "lines", count_lines((TOP / name).read_text()), most, goal)
             for name, most, goal in (
                 ("test_plugin.py", 3300, 3300),
                 ("README.md", 330, 330),
-                ("build.sh", 380, 380),
+                ("build.sh", 379, 380),
             )
         ),
     ]
