@@ -2189,7 +2189,7 @@ def test_models(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     kubelet.wait_status(R150, 2, 2, after=mark)
     kubelet.wait("stream_end", resource=R300, after=mark)
     assert not kubelet.seen("register", after=mark)
-    assert [name.split("-")[1] for name in sockets(kubelet)] == ["n150"]
+    until(lambda: [name.split("-")[1] for name in sockets(kubelet)] == ["n150"])
 
 
 def test_health(kubelet: Kubelet, room: Path, plugin: Plugin, launch: Launch, bound: Bound) -> None:
