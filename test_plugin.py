@@ -1529,7 +1529,7 @@ class Acme:
     def __init__(self, folder: Path, *there: int) -> None:
         self.dev_folder, self.there = str(folder), list(there)
         made: Any = self
-        self.inventory = tt.Inventory(tt.Settings(resource_domain="x.org", poll_seconds=0.0), made)
+        self.inventory = tt.Inventory(tt.Settings(resource_domain="x.org", poll_seconds=0.02), made)
 
     def chips(self) -> list[tt.Chip]:
         self.find()
@@ -1631,9 +1631,10 @@ def test_polling_thread(room: Path, caplog: pytest.LogCaptureFixture) -> None:
         acme.inventory.stop()
         task.cancel()
 
-    acme.find = find
+    acme.find, began = find, time.monotonic()
     acme.inventory.on_snapshot = [fail, lambda old, new: told.append(brief(new))]
     asyncio.run(main())
+    assert time.monotonic() - began >= 9 * 0.02, "it pauses after each poll"
     (thread,) = (one for one in threading.enumerate() if one.name == "poll")
     stopped.set()
     thread.join(10)
@@ -2003,12 +2004,11 @@ def test_registers_again(
     kubelet.wait_status(R150, 4, 3, after=mark)
 
 
-# What the plugin says if it is there before the kubelet (story 3).
 @both_generations
 @pytest.mark.parametrize("waits", ["", "is not there yet: waiting", "no kubelet listens at"])
 def test_registers(kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound, waits: str) -> None:
-    """Half a second after the start, or at once when a kubelet comes, all cards are offered, in the
-    first list (story 8), with the options in both places. A kubelet that dials late is met once."""
+    """All cards are offered half a second after the start, or at once when a kubelet comes (story
+    3), in the first list (8). The options are in both places. One Register, if it dials late."""
     if waits.startswith("no kubelet"):
         kubelet.folder.mkdir(parents=True)
     if waits:
