@@ -241,7 +241,7 @@ image() { # [NAME]
     build --universal
     rm -rf "$context"
     mkdir "$context"
-    cp "$DIST/tt-device-plugin-universal.pyz" "$TOOLS/layout.py" "$context"
+    cp "$DIST/tt-device-plugin-universal.pyz" "$TOOLS/image_folder.py" "$context"
     as=(--tag "$name")
     if [[ $tool != docker && $platforms == *,* ]]; then # the name of a list of images, made anew
         "$tool" manifest rm "$name" >/dev/null 2>&1 || true
@@ -252,7 +252,7 @@ FROM --platform=\$BUILDPLATFORM $base AS layout
 ARG TARGETARCH
 USER 0
 COPY . /context
-RUN ["python3", "/context/layout.py", "/context/tt-device-plugin-universal.pyz", "/layout"]
+RUN ["python3", "/context/image_folder.py", "/context/tt-device-plugin-universal.pyz", "/layout"]
 FROM $base
 LABEL org.opencontainers.image.title=tt-device-plugin org.opencontainers.image.version=$(version)
 COPY --from=layout /layout /opt/tt-device-plugin

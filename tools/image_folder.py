@@ -1,7 +1,7 @@
-"""Lays the universal file out as the folder that the image has:  layout.py ARCHIVE FOLDER
+"""Unpacks the universal file into the image's folder:  image_folder.py ARCHIVE FOLDER
 
-It runs in the base image, with the Python that will run the plugin, on any CPU. The environment
-variable TARGETARCH, amd64 or arm64, says which CPU the folder is for.
+It runs in the base image, with the Python that will run the plugin, on any CPU. The
+environment variable TARGETARCH, amd64 or arm64, says which CPU the folder is for.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ MAIN = '''\
 import os
 import signal
 
-# Before anything that takes time: as process 1, Python ignores SIGTERM until there is a handler.
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+# This comes before anything that takes time. As process 1, Python ignores SIGTERM until
+# there is a handler; and on SIGINT it would print a traceback.
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: os._exit(0))
 
 from tt_device_plugin import main
 
@@ -46,43 +48,58 @@ for module in list(sys.modules.values()):
 def unpack(archive: zipfile.ZipFile, folder: Path, cpu: str) -> None:
     """Unpacks what this version of Python needs on that CPU."""
     names = archive.namelist()
-    plain = [name for name in names if not name.startswith("native/") and name != "__main__.py"]
-    archive.extractall(folder, plain)
+    for name in names:
+        if not name.startswith("native/") and name != "__main__.py":
+            archive.extract(name, folder)
+
     suffixes = [suffix.replace(os.uname().machine, cpu) for suffix in EXTENSION_SUFFIXES]
     for module in NATIVE:
         path = f"native/{cpu}-linux-gnu/{module}"
         fitting = [suffix for suffix in suffixes if path + suffix in names]
         if not fitting:
             python = f"Python {sys.version.split()[0]} ({suffixes[0]})"
-            sys.exit(f"the base image has {python}, and {module} is not there for that")
+            sys.exit(f"the base image has {python}, and there is no {module} for that")
         native = archive.read(path + fitting[0])
         (folder / (module.replace(".", "/") + fitting[0])).write_bytes(native)
+
     (folder / "__main__.py").write_text(MAIN)
 
 
-def used_of_the_library(archive: str) -> list[Path]:
+def library_files(archive: str) -> list[Path]:
     """The files of Python's own library that the plugin uses.
 
     The images python:*-slim come without bytecode, which makes a start twice as slow.
     """
-    native = Path("/tmp/native")
-    unpack(zipfile.ZipFile(archive), native, os.uname().machine)
-    command = [sys.executable, "-B", "-c", IMPORTS, str(native)]
+    folder = Path("/tmp/native")
+    unpack(zipfile.ZipFile(archive), folder, os.uname().machine)
+    command = [sys.executable, "-B", "-c", IMPORTS, str(folder)]
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     files = [Path(line) for line in answer.stdout.splitlines()]
-    return [path for path in files if path.suffix == ".py" and native not in path.parents]
+    return [path for path in files if path.suffix == ".py" and folder not in path.parents]
+
+
+def compile_file(source: Path, place: Path, folder: Path) -> None:
+    """Adds the bytecode of a source that the image has at `place`."""
+    bytecode = folder / Path(cache_from_source(str(place))).relative_to(PLACE)
+    py_compile.compile(
+        str(source),
+        str(bytecode),
+        str(place),
+        doraise=True,
+        # By hash: the sources may get other dates on their way into the image.
+        invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH,
+    )
 
 
 def main(archive: str, folder: Path) -> None:
     """The program."""
     unpack(zipfile.ZipFile(archive), folder, CPUS[os.environ["TARGETARCH"]])
+
     sys.pycache_prefix = str(PLACE / "bytecode")
-    places = {path: PLACE / path.relative_to(folder) for path in folder.rglob("*.py")}
-    for path, place in [*places.items(), *((path, path) for path in used_of_the_library(archive))]:
-        bytecode = folder / Path(cache_from_source(str(place))).relative_to(PLACE)
-        # By hash: whatever dates the sources get on their way into the image.
-        checked = py_compile.PycInvalidationMode.CHECKED_HASH
-        py_compile.compile(str(path), str(bytecode), str(place), True, invalidation_mode=checked)
+    for source in sorted(folder.rglob("*.py")):
+        compile_file(source, PLACE / source.relative_to(folder), folder)
+    for source in library_files(archive):
+        compile_file(source, source, folder)
 
 
 if __name__ == "__main__":
