@@ -1,15 +1,18 @@
 """Writes api_pb2.pyi and api_pb2_grpc.pyi, for mypy:  describe_types.py FOLDER
 
-mypy reads them instead of the generated code. The one that protoc itself can write does not pass
---strict and knows no services; mypy-protobuf's does, and needs no protoc: what it wants to be told,
-api_pb2 knows.
+mypy reads them instead of the generated code. What protoc itself can write does not
+pass --strict and knows no services. mypy-protobuf's does, and needs no protoc: api_pb2
+has the description that its generators ask for.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGeneratorResponse
+from google.protobuf.compiler.plugin_pb2 import (
+    CodeGeneratorRequest,
+    CodeGeneratorResponse,
+)
 
 import api_pb2
 

@@ -1,6 +1,6 @@
 """The baseline of the benchmarks:  empty_server.py SOCKET
 
-What a plugin cannot be smaller than: a server of the same service whose answers are empty.
+No plugin can be smaller: this serves the same service, and its answers are empty.
 """
 
 import asyncio

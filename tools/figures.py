@@ -25,10 +25,11 @@ class Figure(NamedTuple):
     samples: Sequence[float]
     bare: Sequence[float]  # the baseline's; [] if it has none
     against: str  # what the baseline is
-    most: Mapping[str, float] = MappingProxyType({})  # targets: the largest p50, p99 or ratio
+    # Targets: the largest p50, p99 or ratio.
+    most: Mapping[str, float] = MappingProxyType({})
 
     def numbers(self) -> dict[str, float]:
-        """What the table shows: n, p50, p99, and with a baseline also base and ratio (of p50s)."""
+        """What the table shows: n, p50, p99; with a baseline also base and ratio."""
         shown: dict[str, float] = {"n": len(self.samples)}
         shown |= {f"p{part}": percentile(self.samples, part) for part in (50, 99)}
         if self.bare:
@@ -40,14 +41,19 @@ class Figure(NamedTuple):
     def missed(self) -> list[str]:
         """The targets that this run has missed."""
         numbers = self.numbers()
-        return [what for what, limit in self.most.items() if numbers.get(what, 0.0) > limit]
+        return [
+            what for what, limit in self.most.items() if numbers.get(what, 0.0) > limit
+        ]
 
 
 Results = Mapping[str, Sequence[Figure]]  # by benchmark
 
 
 def percentile(samples: Sequence[float], part: int) -> float:
-    """The smallest sample that so many of 100 do not exceed: the 99th of fewer is the largest."""
+    """The smallest sample that so many of 100 do not exceed.
+
+    Of fewer than 100 samples the 99th percentile is the largest.
+    """
     return sorted(samples)[max(0, math.ceil(part * len(samples) / 100) - 1)]
 
 
@@ -60,25 +66,30 @@ def cpu_us(act: Callable[[], object], times: int = 1) -> float:
 
 
 def effort(pid: int) -> tuple[float, int]:
-    """Seconds of CPU and wake-ups of a process so far; a thread that ends meanwhile is left out."""
+    """Seconds of CPU and wake-ups of a process so far.
+
+    A thread that ends meanwhile is left out.
+    """
     cpu = wakeups = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             cpu += int((task / "schedstat").read_text().split()[0])
             status = (task / "status").read_text()
-            wakeups += int(re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", status, re.M)[0])
+            switches = re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", status, re.M)
+            wakeups += int(switches[0])
     return cpu / 1e9, wakeups
 
 
 def held(pid: int) -> dict[str, float]:
-    """What a process holds: memory in MiB (private memory in KiB), threads, descriptors.
+    """What a process holds: memory in MiB (private in KiB), threads, descriptors.
 
-    Anonymous is what no file on a disk backs. Memory files count as resident only as far as they
-    have been used.
+    Anonymous is what no file on a disk backs. Memory files count as resident only as
+    far as they have been used.
     """
     proc = Path(f"/proc/{pid}")
     kib: dict[str, int] = {}
-    for name, size in re.findall(r"^(\w+): +(\d+) kB", (proc / "smaps_rollup").read_text(), re.M):
+    rollup = (proc / "smaps_rollup").read_text()
+    for name, size in re.findall(r"^(\w+): +(\d+) kB", rollup, re.M):
         kind = name.split("_")[0]  # Private_Clean and Private_Dirty, for one
         kib[kind] = kib.get(kind, 0) + int(size)
     links = list((proc / "fd").iterdir())
@@ -99,7 +110,8 @@ def held(pid: int) -> dict[str, float]:
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    model = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    model = re.findall(r"^model name\s*: (.*)$", cpuinfo, re.M)
     return {
         "cpu": model[0] if model else platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
@@ -112,7 +124,8 @@ def machine() -> dict[str, str]:
 
 def as_table(results: Results) -> str:
     """For people."""
-    rows = [["", "n", "p50", "p99", "unit", "baseline", "p50", "ratio", "at most (! = more)"]]
+    heads = ["", "n", "p50", "p99", "unit", "baseline", "p50", "ratio"]
+    rows = [[*heads, "at most (! = more)"]]
     for name, figures in results.items():
         rows.append([name, *[""] * 8])
         for one in figures:
@@ -121,11 +134,16 @@ def as_table(results: Results) -> str:
                 f"{numbers[key]:.4g}" if key in numbers else "-"
                 for key in ("p50", "p99", "base", "ratio")
             )
-            most = [f"{what} {m:g}{'!' if what in missed else ''}" for what, m in one.most.items()]
-            row = [f"  {one.name}", str(len(one.samples)), p50, p99, one.unit, one.against]
-            rows.append([*row, base, ratio, ", ".join(most)])
+            most = [
+                f"{what} {m:g}{'!' if what in missed else ''}"
+                for what, m in one.most.items()
+            ]
+            row = [f"  {one.name}", str(len(one.samples)), p50, p99, one.unit]
+            rows.append([*row, one.against, base, ratio, ", ".join(most)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    formats = [f"{{:{side}{width}}}" for side, width in zip("<>>><<>><", widths, strict=True)]
+    formats = [
+        f"{{:{side}{width}}}" for side, width in zip("<>>><<>><", widths, strict=True)
+    ]
     return "\n".join("  ".join(formats).format(*row).rstrip() for row in rows)
 
 
@@ -133,7 +151,11 @@ def as_json(results: Results) -> str:
     """For programs."""
     figures = [
         {"benchmark": name, "name": one.name, "unit": one.unit, **one.numbers()}
-        | {"baseline": one.against, "wanted_at_most": dict(one.most), "missed": one.missed()}
+        | {
+            "baseline": one.against,
+            "wanted_at_most": dict(one.most),
+            "missed": one.missed(),
+        }
         for name, many in results.items()
         for one in many
     ]

@@ -52,7 +52,9 @@ def unpack(archive: zipfile.ZipFile, folder: Path, cpu: str) -> None:
         if not name.startswith("native/") and name != "__main__.py":
             archive.extract(name, folder)
 
-    suffixes = [suffix.replace(os.uname().machine, cpu) for suffix in EXTENSION_SUFFIXES]
+    suffixes = [
+        suffix.replace(os.uname().machine, cpu) for suffix in EXTENSION_SUFFIXES
+    ]
     for module in NATIVE:
         path = f"native/{cpu}-linux-gnu/{module}"
         fitting = [suffix for suffix in suffixes if path + suffix in names]
@@ -75,7 +77,9 @@ def library_files(archive: str) -> list[Path]:
     command = [sys.executable, "-B", "-c", IMPORTS, str(folder)]
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     files = [Path(line) for line in answer.stdout.splitlines()]
-    return [path for path in files if path.suffix == ".py" and folder not in path.parents]
+    return [
+        path for path in files if path.suffix == ".py" and folder not in path.parents
+    ]
 
 
 def compile_file(source: Path, place: Path, folder: Path) -> None:

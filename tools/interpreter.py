@@ -1,4 +1,7 @@
-"""Says which Python this is, or why nothing can be built with it. Any Python must understand it."""
+"""Says which Python this is, or why nothing can be built with it.
+
+Any Python must understand this file.
+"""
 # ruff: noqa: E402, UP031
 
 import platform
@@ -20,4 +23,5 @@ if sysconfig.get_config_var("Py_GIL_DISABLED"):
 import importlib.machinery
 
 print(sys.executable)
-print(importlib.machinery.EXTENSION_SUFFIXES[0][1:-3])  # such as cpython-311-x86_64-linux-gnu
+# Such as cpython-311-x86_64-linux-gnu.
+print(importlib.machinery.EXTENSION_SUFFIXES[0][1:-3])

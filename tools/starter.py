@@ -52,7 +52,8 @@ def read_native_module(name: str) -> bytes:
             pass
 
     python = "%s %s (%s)" % (sys.implementation.name, sys.version.split()[0], TAG)
-    sys.exit("%s is not for this Python, %s. It is for %s" % (ARCHIVE, python, built_for()))
+    here = "%s is not for this Python, %s" % (ARCHIVE, python)
+    sys.exit("%s. It is for %s" % (here, built_for()))
 
 
 def built_for() -> str:
@@ -116,7 +117,8 @@ class NativeModules:
         if name not in self.paths:
             return None
         file = self.paths[name]
-        return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, file))
+        loader = ExtensionFileLoader(name, file)
+        return spec_from_file_location(name, file, loader=loader)
 
 
 sys.meta_path.insert(0, NativeModules("grpc._cython.cygrpc", "google._upb._message"))
