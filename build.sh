@@ -158,8 +158,8 @@ find_pip() {
     made_from "$BUILD/pip" "$PYTHON $TAG" && return
     rm -rf "$BUILD/pip" "$BUILD/pip.made-from"
     "$PYTHON" -m venv "$BUILD/pip" >/dev/null 2>&1 ||
-        die "$PYTHON has no pip and cannot make an environment that has one," \
-            "and there is no uv: install the package python3-pip, or uv"
+        die "$PYTHON has no pip, its venv makes none, and there is no uv:" \
+            "install python3-pip (Debian, Ubuntu, Fedora), or uv"
     echo "$PYTHON $TAG" >"$BUILD/pip.made-from"
 }
 

@@ -128,7 +128,8 @@ for module in [name for name in sys.modules if name.partition(".")[0] == "google
 try:
     from tt_device_plugin import main
 except ImportError as error:  # no libstdc++.so.6, or what python3-minimal lacks
-    need = "It needs all of python3's standard library, libstdc++6, and /proc"
+    packages = "libstdc++6 (Fedora: libstdc++), and /proc"
+    need = "It needs all of python3's standard library, " + packages
     sys.exit("%s cannot start: %s. %s" % (ARCHIVE, error, need))
 
 main()
