@@ -1,15 +1,14 @@
-"""Measures the plugin:  ./build.sh bench [--json] [--quick] [NAME...]
+"""Measures the plugin:  ./build.sh bench [--json] [--quick] [NAME...].
 
-Every figure stands beside a bare baseline that is measured in the same run and in turn with it, so
-that a busy machine slows both, and the ratio holds. Nothing here fails: a target that is missed is
-marked, no more.
+Every figure stands beside a bare baseline that is measured in the same run and in turn
+with it, so that a busy machine slows both, and the ratio holds. Nothing here fails: a
+target that is missed is marked, no more.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import os
 import random
 import subprocess
@@ -17,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
@@ -24,12 +24,21 @@ from signal import SIGKILL
 from typing import Any
 
 import grpc
-from figures import Figure, as_json, as_table, cpu_us, effort, held, machine
-from stage import Stage
+from fake_kubelet import LOCAL
+from figures import (
+    Figure,
+    as_json,
+    as_table,
+    cpu_and_wakeups,
+    cpu_us,
+    machine,
+    resources_of,
+)
+from harness import Kubelet, Log, Puppet, Tree, make_chips
+from testbed import Testbed
 
 import api_pb2 as api
 import tt_device_plugin as tt
-from test_plugin import Log, Puppet, Tree, chips
 
 N150 = "tenstorrent.com/n150"
 GALAXY = "tenstorrent.com/galaxy-wormhole"
@@ -37,30 +46,30 @@ SYSFS_FILE = Path("/sys/class/net/lo/mtu")  # one that every Linux has
 
 
 def poller(sys_root: str | Path, dev_root: str | Path) -> Callable[[], object]:
-    """What does one poll of this tree. Nothing else here knows the module from inside."""
+    """What does one poll of this tree. Only this knows the module from inside."""
     settings = tt.Settings(sysfs_root=Path(sys_root), dev_root=Path(dev_root))
     inventory = tt.Inventory(settings)
     return lambda: inventory.poll(time.monotonic())
 
 
 def read(path: str | Path) -> None:
-    """Opens, reads and closes a file."""
+    """Open, read and close a file."""
     fd = os.open(path, os.O_RDONLY)
     os.read(fd, 4096)
     os.close(fd)
 
 
-def least(sys_root: str | Path) -> None:
-    """The least that a poll can do: lists the class, and reads one file of each chip."""
+def bare_poll(sys_root: str | Path) -> None:
+    """The least that a poll can do: list the class, and read one file of each chip."""
     top = f"{sys_root}/class/tenstorrent"
     for name in os.listdir(top):
         read(f"{top}/{name}/tt_heartbeat")
 
 
 def traced_poll(sys_root: str, dev_root: str) -> None:
-    """For strace: one poll after the first, and the least, each between two marks."""
+    """For strace: one poll after the first, and a bare one, each between two marks."""
     poll = poller(sys_root, dev_root)
-    for act in (poll, poll, lambda: least(sys_root)):
+    for act in (poll, poll, partial(bare_poll, sys_root)):
         act()
         os.path.exists("/mark of the benchmark")
 
@@ -70,287 +79,431 @@ def unary(channel: grpc.Channel, method: str) -> Any:
     return channel.unary_unary(f"/v1beta1.DevicePlugin/{method}")
 
 
-def bench_start(stage: Stage) -> Iterator[Figure]:
-    """Process start to Register at the kubelet, and CPU time: a busy machine stretches only one."""
-    ways, tree, kubelet = stage.ways(), stage.tree(4), stage.kubelet()
-    wall: dict[str, list[float]] = {name: [] for name in ("import", "empty", *ways)}
-    cpu: dict[str, list[float]] = {name: [] for name in wall}
-    for _ in stage.times(20, 1):
-        used, began = getrusage(RUSAGE_CHILDREN), time.monotonic()
-        subprocess.run([sys.executable, "-c", "import grpc"], check=True)
-        wall["import"].append((time.monotonic() - began) * 1e3)
-        now = getrusage(RUSAGE_CHILDREN)
-        cpu["import"].append((sum(now[:2]) - sum(used[:2])) * 1e3)
-        began = time.monotonic()
-        server, _ = stage.empty()
-        wall["empty"].append((time.monotonic() - began) * 1e3)
-        cpu["empty"].append(effort(server.pid)[0] * 1e3)
-        server.kill()
-        for name, way in ways.items():
+# ==== Start and memory ================================================================
+
+
+@dataclass
+class Times:
+    """Of one way to start, in ms."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def time_import(times: Times) -> None:
+    """A Python that imports grpc, and ends."""
+    before = getrusage(RUSAGE_CHILDREN)
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import grpc"], check=True)
+    times.wall.append((time.monotonic() - began) * 1e3)
+    after = getrusage(RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    times.cpu.append(seconds * 1e3)
+
+
+def time_empty_server(bed: Testbed, times: Times) -> None:
+    """An empty server, until it serves."""
+    began = time.monotonic()
+    server, _ = bed.empty_server()
+    times.wall.append((time.monotonic() - began) * 1e3)
+    cpu, _ = cpu_and_wakeups(server.pid)
+    times.cpu.append(cpu * 1e3)
+    server.kill()
+
+
+def bench_start(bed: Testbed) -> Iterator[Figure]:
+    """Process start to Register, and CPU time: a busy machine stretches only one."""
+    launchers = bed.launchers()
+    tree = bed.tree(4)
+    bed.keep_beating(tree)
+    kubelet = bed.kubelet()
+    imports = Times()
+    times = {name: Times() for name in ("empty", *launchers)}
+    for _ in bed.repeat(20, quick=1):
+        time_import(imports)
+        time_empty_server(bed, times["empty"])
+        for name, launcher in launchers.items():
             mark = kubelet.log.mark()
-            plugin = stage.plugin(way, tree, kubelet)
+            plugin = bed.plugin(launcher, tree, kubelet)
             registered = kubelet.wait("register", after=mark, timeout=30)["t"]
-            cpu[name].append(effort(plugin.process.pid)[0] * 1e3)
-            wall[name].append((registered - plugin.started) * 1e3)
+            cpu, _ = cpu_and_wakeups(plugin.process.pid)
+            times[name].cpu.append(cpu * 1e3)
+            times[name].wall.append((registered - plugin.started) * 1e3)
             kubelet.wait_status(N150, 4, 4, after=mark)
             plugin.end()
-    for name in ("empty", *ways):
-        what = "empty server to serving" if name == "empty" else f"{name} to Register"
-        most = {"ratio": 1.6} if name == "module" else {}
-        yield Figure(what, "ms", wall[name], wall["import"], "import grpc", most)
-        yield Figure("the same, CPU", "ms", cpu[name], cpu["import"], "import grpc")
-    if "pyz" in ways:
-        more = [pyz - module for pyz, module in zip(wall["pyz"], wall["module"], strict=True)]
+
+    for name, mine in times.items():
+        what = f"{name} to Register"
+        if name == "empty":
+            what = "empty server to serving"
+        targets = {"ratio": 1.6} if name == "module" else {}
+        yield Figure(what, "ms", mine.wall, imports.wall, "import grpc", targets)
+        yield Figure("the same, CPU", "ms", mine.cpu, imports.cpu, "import grpc")
+    if "pyz" in launchers:
+        pairs = zip(times["pyz"].wall, times["module"].wall, strict=True)
+        more = [pyz - module for pyz, module in pairs]
         yield Figure("pyz, more than module", "ms", more, [], "", {"p50": 250.0})
 
 
-def bench_memory(stage: Stage) -> Iterator[Figure]:
+def bench_memory(bed: Testbed) -> Iterator[Figure]:
     """What a process holds that has four cards registered and has answered a call."""
-    ways, tree, kubelet = stage.ways(), stage.tree(4), stage.kubelet()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("empty", *ways)}
-    for _ in stage.times(5, 1):
-        server, address = stage.empty()
+    launchers = bed.launchers()
+    tree = bed.tree(4)
+    bed.keep_beating(tree)
+    kubelet = bed.kubelet()
+    empty = []
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in launchers}
+    for _ in bed.repeat(5, quick=1):
+        server, address = bed.empty_server()
         with grpc.insecure_channel(address) as channel:
             unary(channel, "Allocate")(b"", timeout=10)
-        found["empty"].append(held(server.pid))
+        empty.append(resources_of(server.pid))
         server.kill()
-        for name, way in ways.items():
+        for name, launcher in launchers.items():
             mark = kubelet.log.mark()
-            plugin = stage.plugin(way, tree, kubelet)
+            plugin = bed.plugin(launcher, tree, kubelet)
             kubelet.wait_status(N150, 4, 4, after=mark, timeout=30)
-            kubelet.allocate(N150, [*kubelet.seen("devices")[-1]["devices"]][:1])
-            found[name].append(held(plugin.process.pid))
+            first, *_ = kubelet.last("devices")["devices"]
+            kubelet.allocate(N150, [first])
+            found[name].append(resources_of(plugin.process.pid))
             plugin.end()
-    for name, what in itertools.product(ways, ("resident", "anonymous", "memory files", "threads")):
-        ours, bare = ([one[what] for one in found[each]] for each in (name, "empty"))
-        if any(ours):
-            most = {"ratio": 1.12} if (name, what) == ("module", "resident") else {}
-            unit = "" if what == "threads" else "MiB"
-            yield Figure(f"{name}, {what}", unit, ours, bare, "empty server", most)
+
+    for name, mine in found.items():
+        for what in ("resident", "anonymous", "memory files", "threads"):
+            samples = [one[what] for one in mine]
+            baseline = [one[what] for one in empty]
+            if any(samples):
+                targets = {}
+                if (name, what) == ("module", "resident"):
+                    targets = {"ratio": 1.12}
+                unit = "" if what == "threads" else "MiB"
+                title = f"{name}, {what}"
+                yield Figure(title, unit, samples, baseline, "empty server", targets)
 
 
-def bench_calls(stage: Stage) -> Iterator[Figure]:
-    """Allocate and GetPreferredAllocation, in turn with the same call of the empty server."""
-    _, address = stage.empty()
-    # A Galaxy's 32 chips by bus (tt-smi-s_galaxy-wh_32).
-    buses = [tray + position for tray in range(0, 256, 64) for position in range(1, 9)]
-    places = [f"{bus:02x} 6A{bus:02X} 0100035100000000" for bus in buses]
-    galaxy = Tree(stage.new("tree"), chips("galaxy-wormhole", *places))
-    for tree, resource, many in ((stage.tree(4), N150, 1), (galaxy, GALAXY, 8)):
-        stage.beat(tree)
-        kubelet, count = stage.kubelet(), len(tree.chips)
-        # Reading its log in this process would hold up its client.
-        stage.plugin(stage.module(), tree, kubelet, log=str(stage.new("log")))
-        kubelet.wait_status(resource, count, count, timeout=30)
-        ids = sorted(kubelet.seen("devices")[-1]["devices"])
-        one = api.ContainerAllocateRequest(devices_ids=ids[:many])
-        wish = api.ContainerPreferredAllocationRequest(available_deviceIDs=ids)
-        wish.allocation_size = many
-        requests = {
-            "Allocate": api.AllocateRequest(container_requests=[one]),
-            "GetPreferredAllocation": api.PreferredAllocationRequest(container_requests=[wish]),
-        }
-        socket = kubelet.folder / kubelet.seen("register")[-1]["endpoint"]
-        channels = [grpc.insecure_channel(each) for each in (f"unix:{socket}", address)]
+# ==== Calls ===========================================================================
+
+
+def bench_calls(bed: Testbed) -> Iterator[Figure]:
+    """Allocate and GetPreferredAllocation, in turn with the empty server's."""
+    _, address = bed.empty_server()
+    yield from time_calls(bed, address, bed.tree(4), N150, size=1)
+    # The buses of a Wormhole Galaxy's 32 chips, as captured on one.
+    places = [
+        f"{tray + position:02x} 6A{tray + position:02X} 0100035100000000"
+        for tray in range(0, 256, 64)
+        for position in range(1, 9)
+    ]
+    galaxy = Tree(bed.new_path("tree"), make_chips("galaxy-wormhole", *places))
+    yield from time_calls(bed, address, galaxy, GALAXY, size=8)
+
+
+def time_calls(
+    bed: Testbed, address: str, tree: Tree, resource: str, size: int
+) -> Iterator[Figure]:
+    """Both calls for so many cards of this node. `address` is the empty server's."""
+    bed.keep_beating(tree)
+    kubelet = bed.kubelet()
+    count = len(tree.chips)
+    # Reading its log in this process would hold up its client.
+    bed.plugin(bed.module(), tree, kubelet, log=str(bed.new_path("log")))
+    kubelet.wait_status(resource, count, count, timeout=30)
+    ids = sorted(kubelet.last("devices")["devices"])
+    container = api.ContainerAllocateRequest(devices_ids=ids[:size])
+    preference = api.ContainerPreferredAllocationRequest(
+        available_deviceIDs=ids, allocation_size=size
+    )
+    requests: dict[str, Any] = {
+        "Allocate": api.AllocateRequest(container_requests=[container]),
+        "GetPreferredAllocation": api.PreferredAllocationRequest(
+            container_requests=[preference]
+        ),
+    }
+    socket = kubelet.folder / kubelet.last("register")["endpoint"]
+    with (
+        grpc.insecure_channel(f"unix:{socket}") as plugin,
+        grpc.insecure_channel(address) as empty,
+    ):
         for method, request in requests.items():
-            calls = [unary(channel, method) for channel in channels]
-            data, times = request.SerializeToString(), (list[float](), list[float]())
-            for number in stage.times(2000, 20):
-                for side in (number % 2, 1 - number % 2):
+            data = request.SerializeToString()
+            sides: list[tuple[Any, list[float]]] = [
+                (unary(channel, method), []) for channel in (plugin, empty)
+            ]
+            for _ in bed.repeat(2000, quick=20):
+                sides.reverse()  # who is first
+                for call, times in sides:
                     began = time.perf_counter()
-                    calls[side](data, timeout=10)
-                    times[side].append((time.perf_counter() - began) * 1e3)
-            most = {"ratio": 1.3} if (method, many) == ("Allocate", 1) else {}
-            yield Figure(f"{method}, {many} of {count}", "ms", *times, "empty handler", most)
-        for channel in channels:
-            channel.close()
+                    call(data, timeout=10)
+                    times.append((time.perf_counter() - began) * 1e3)
+            (_, samples), (_, baseline) = sides
+            targets = {"ratio": 1.3} if (method, size) == ("Allocate", 1) else {}
+            title = f"{method}, {size} of {count}"
+            yield Figure(title, "ms", samples, baseline, "empty handler", targets)
 
 
-def bench_again(stage: Stage) -> Iterator[Figure]:
-    """To the list at the kubelet, from a dropped stream, a new kubelet, another instance's end.
+# ==== Registration ====================================================================
 
-    The baseline has nothing to notice and nothing to start: a server that is there already
-    connects and calls Register.
+
+class Registered:
+    """A plugin that is registered, and what ends its registration.
+
+    Each method returns the seconds until its list is at the kubelet again.
     """
-    way, tree, kubelet = stage.module(), stage.tree(4), stage.kubelet()
-    stage.beat(tree)
-    holder = stage.plugin(way, tree, kubelet)
-    kubelet.wait_status(N150, 4, 4, timeout=30)
 
-    def drop() -> float:
-        mark = kubelet.log.mark()
-        kubelet.drop_stream(N150)
-        dropped: float = kubelet.wait("dropped", after=mark)["t"]
-        kubelet.wait_status(N150, 4, 0, after=mark)
-        return kubelet.wait_status(N150, 4, 4, after=mark) - dropped
+    def __init__(self, bed: Testbed) -> None:
+        self.bed = bed
+        self.launcher = bed.module()
+        self.tree = bed.tree(4)
+        self.kubelet = bed.kubelet()
+        bed.keep_beating(self.tree)
+        self.holder = bed.plugin(self.launcher, self.tree, self.kubelet)
+        self.kubelet.wait_status(N150, 4, 4, timeout=30)
 
-    def drop_later() -> float:
-        time.sleep(1)  # a stream that has lasted so long: after shorter ones, it takes its time
-        return drop()
+    def drop_the_stream(self) -> float:
+        """It has lasted a second: after shorter ones the plugin takes its time."""
+        time.sleep(1)
+        mark = self.kubelet.log.mark()
+        dropped = drop(self.kubelet)
+        return self.kubelet.wait_status(N150, 4, 4, after=mark) - dropped
 
-    def restart() -> float:
-        kubelet.kill()
-        mark = kubelet.log.mark()
-        answering = kubelet.start()
-        return kubelet.wait_status(N150, 4, 4, after=mark) - answering
+    def restart_the_kubelet(self) -> float:
+        """Counted from when it listens."""
+        self.kubelet.kill()
+        mark = self.kubelet.log.mark()
+        answering = self.kubelet.start()
+        return self.kubelet.wait_status(N150, 4, 4, after=mark) - answering
 
-    def take_over() -> float:
-        nonlocal holder
-        heir = stage.plugin(way, tree, kubelet)
+    def kill_the_other_instance(self) -> float:
+        """One stands by."""
+        heir = self.bed.plugin(self.launcher, self.tree, self.kubelet)
         heir.wait_for_line("standing by", timeout=30)
-        mark = kubelet.log.mark()
-        holder.end(SIGKILL)
-        holder = heir
-        ended: float = kubelet.wait("stream_end", after=mark, resource=N150)["t"]
-        return kubelet.wait_status(N150, 4, 4, after=mark) - ended
+        mark = self.kubelet.log.mark()
+        self.holder.end(SIGKILL)
+        self.holder = heir
+        ended = self.kubelet.wait("stream_end", after=mark, resource=N150)["t"]
+        return self.kubelet.wait_status(N150, 4, 4, after=mark) - float(ended)
 
-    def register() -> float:
-        endpoint = stage.new("bare").name
-        with contextlib.closing(Puppet(kubelet, "example.com/bare", endpoint)) as puppet:
+    def register_a_puppet(self) -> float:
+        """The baseline: one that has nothing to notice and nothing to start."""
+        endpoint = self.bed.new_path("bare").name
+        puppet = Puppet(self.kubelet, "example.com/bare", endpoint)
+        with contextlib.closing(puppet):
             began = time.monotonic()
             puppet.register()
             return time.monotonic() - began
 
-    most = {"p50": 15.0, "p99": 50.0}
-    for name, act, often, few, targets in (
-        ("stream dropped", drop_later, 50, 1, most),
-        ("dropped again and again", drop, 200, 3, {}),
-        ("a new kubelet answers", restart, 50, 1, {}),
-        ("the other instance killed", take_over, 20, 1, {}),
-    ):
-        pairs = [(act() * 1e3, register() * 1e3) for _ in stage.times(often, few)]
-        ours, bare = zip(*pairs, strict=True)
-        yield Figure(name, "ms", ours, bare, "connect, Register", targets)
+
+def drop(kubelet: Kubelet) -> float:
+    """The kubelet ends the stream, and has noticed it: when it was ended."""
+    mark = kubelet.log.mark()
+    kubelet.drop_stream(N150)
+    dropped = kubelet.wait("dropped", after=mark)["t"]
+    kubelet.wait_status(N150, 4, 0, after=mark)
+    return float(dropped)
 
 
-def bench_fault(stage: Stage) -> Iterator[Figure]:
-    """A card vanishes, at any moment between two polls: till the kubelet has it as Unhealthy.
+def bench_again(bed: Testbed) -> Iterator[Figure]:
+    """To the list: from a dropped stream, a new kubelet, another instance's end.
 
-    The baseline polls as often, and does nothing but list the class.
+    The baseline is a server that is there already, connects and calls Register.
     """
-    poll_s = 0.1 if stage.quick else 1.0
-    tree, kubelet = stage.tree(4), stage.kubelet()
-    stage.beat(tree)
-    bdf, chip = next(iter(tree.chips.items()))
-    stage.plugin(stage.module(), tree, kubelet, f"--poll-seconds={poll_s}")
-    kubelet.wait_status(N150, 4, 4, timeout=30)
-    done, looks = threading.Event(), Log("the bare loop")
-
-    def look() -> None:
-        while not done.wait(poll_s):
-            looks.append((len(os.listdir(tree.sys / "class/tenstorrent")), time.monotonic()))
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    seen, bare = list[float](), list[float]()
-    for _ in stage.times(30, 2):
-        time.sleep(random.uniform(0, poll_s))
-        mark, then, began = kubelet.log.mark(), looks.mark(), time.monotonic()
-        tree.remove(bdf)
-        seen.append((kubelet.wait_status(N150, 4, 3, after=mark) - began) * 1e3)
-        bare.append((looks.wait_for(lambda one: one[0] < 4, 10, then)[1] - began) * 1e3)
-        tree.add(chip)
-        kubelet.wait_status(N150, 4, 4, after=mark)
-    done.set()
-    thread.join()
-    most = {"p99": poll_s * 1000 + 20}
-    yield Figure(f"card gone, poll {poll_s:g} s", "ms", seen, bare, "loop of listdir", most)
+    plugin = Registered(bed)
+    targets = {"p50": 15.0, "p99": 50.0}
+    yield from again(plugin, "stream dropped", plugin.drop_the_stream, 50, targets)
+    yield from again(plugin, "a new kubelet answers", plugin.restart_the_kubelet, 50)
+    yield from again(
+        plugin, "the other instance killed", plugin.kill_the_other_instance, 20
+    )
 
 
-def bench_poll(stage: Stage) -> Iterator[Figure]:
-    """One poll, by chip: CPU time and system calls. The baseline lists the class and reads one
-    file a chip.
-
-    The trees are files on a disk. What a file of real sysfs costs beyond that is measured first,
-    and to be added for each of the files that a poll reads.
-    """
-    copy = stage.room / "attribute"
-    copy.write_bytes(SYSFS_FILE.read_bytes())
-    reads = [partial(read, file) for file in (SYSFS_FILE, copy)]
-    pairs = [[cpu_us(act, 50) for act in reads] for _ in stage.times(200, 2)]
-    ours, bare = zip(*pairs, strict=True)
-    yield Figure("one file of real sysfs", "us", ours, bare, "file on a disk")
-    for count in (4,) if stage.quick else (4, 32, 256):
-        tree = stage.tree(count)
-        poll, write = poller(tree.sys, tree.dev), stage.hearts(tree)
-        poll()
-        acts, pairs = (poll, partial(least, tree.sys)), []
-        for number in stage.times(max(20, 4000 // count), 2):
-            write(1001 + number)
-            pairs.append([cpu_us(act) / count for act in acts])
-        name, most = f"{count} chips, CPU a chip", {"p50": 60.0}
-        ours, bare = zip(*pairs, strict=True)
-        yield Figure(name, "us", ours, bare, "1 read a chip", most)
-        if calls := system_calls(tree, stage.room / "trace"):
-            poll_calls, least_calls = ([each / count] for each in calls)
-            name = f"{count} chips, calls a chip"
-            yield Figure(name, "", poll_calls, least_calls, "1 read a chip")
+def again(
+    plugin: Registered,
+    name: str,
+    end: Callable[[], float],
+    times: int,
+    targets: dict[str, float] | None = None,
+) -> Iterator[Figure]:
+    """End the registration so many times."""
+    samples = []
+    baseline = []
+    for _ in plugin.bed.repeat(times, quick=1):
+        samples.append(end() * 1e3)
+        baseline.append(plugin.register_a_puppet() * 1e3)
+    yield Figure(name, "ms", samples, baseline, "connect, Register", targets or {})
 
 
-def system_calls(tree: Tree, trace: Path) -> tuple[int, int] | None:
-    """Those of one poll, and of the least; None where strace is missing or may not trace."""
-    program = "import bench, sys; bench.traced_poll(*sys.argv[1:])"
-    command = [sys.executable, "-c", program, str(tree.sys), str(tree.dev)]
-    try:
-        strace = ["strace", "-f", "-o", str(trace), *command]
-        subprocess.run(strace, check=True, cwd=Path(__file__).parent, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    # A call that another thread's interrupts has two lines.
-    lines = [line for line in trace.read_text().splitlines() if "resumed>" not in line]
-    marks = [number for number, line in enumerate(lines) if "/mark of the benchmark" in line]
-    return marks[1] - marks[0] - 1, marks[2] - marks[1] - 1
-
-
-def bench_idle(stage: Stage) -> Iterator[Figure]:
-    """A minute in which nothing changes but heartbeats: CPU in per cent of a core, wake-ups."""
-    pids = {0: stage.empty()[0].pid}
-    for count in (4, 32):
-        tree, kubelet = stage.tree(count), stage.kubelet()
-        stage.beat(tree)
-        pids[count] = stage.plugin(stage.module(), tree, kubelet).process.pid
-        kubelet.wait_status(N150, count, count, timeout=30)
-    before, began = {count: effort(pid) for count, pid in pids.items()}, time.monotonic()
-    time.sleep(1 if stage.quick else 60)
-    seconds = time.monotonic() - began
-    after = {count: effort(pid) for count, pid in pids.items()}
-    cpu = {count: [(after[count][0] - before[count][0]) / seconds * 100] for count in pids}
-    wakeups = {count: [(after[count][1] - before[count][1]) / seconds] for count in pids}
-    for count, most in ((4, 0.3), (32, 1.0)):
-        yield Figure(
-            f"{count} cards, CPU", "% core", cpu[count], cpu[0], "empty server", {"p50": most}
-        )
-        yield Figure(f"{count} cards, wake-ups", "/s", wakeups[count], wakeups[0], "empty server")
-
-
-def bench_growth(stage: Stage) -> Iterator[Figure]:
+def bench_growth(bed: Testbed) -> Iterator[Figure]:
     """What a thousand registrations, and clients of the empty server, leave behind.
 
     The first hundred warm up.
     """
-    tree, kubelet = stage.tree(4), stage.kubelet()
-    stage.beat(tree)
-    server, address = stage.empty()
-    plugin = stage.plugin(stage.module(), tree, kubelet)
+    tree = bed.tree(4)
+    bed.keep_beating(tree)
+    kubelet = bed.kubelet()
+    server, address = bed.empty_server()
+    plugin = bed.plugin(bed.module(), tree, kubelet)
     kubelet.wait_status(N150, 4, 4, timeout=30)
-    count, warm = (6, 2) if stage.quick else (1100, 100)
-    found = []
-    for number in range(count + 1):
-        if number in (warm, count):
-            found.append([held(pid) for pid in (plugin.process.pid, server.pid)])
-        mark = kubelet.log.mark()
-        kubelet.drop_stream(N150)
-        kubelet.wait_status(N150, 4, 0, after=mark)
-        kubelet.wait_status(N150, 4, 4, after=mark)
-        with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-            unary(channel, "Allocate")(b"", timeout=10)
+
+    def register_anew(times: range) -> tuple[dict[str, float], dict[str, float]]:
+        for _ in times:
+            kubelet.renew_socket()  # so that the plugin makes no pause
+            mark = kubelet.log.mark()
+            drop(kubelet)
+            kubelet.wait_status(N150, 4, 4, after=mark)
+            with grpc.insecure_channel(address, [LOCAL]) as channel:
+                unary(channel, "Allocate")(b"", timeout=10)
+        return resources_of(plugin.process.pid), resources_of(server.pid)
+
+    register_anew(bed.repeat(100, quick=2))
+    before, server_before = register_anew(range(1))
+    times = bed.repeat(1000, quick=4)
+    after, server_after = register_anew(times)
     for what, unit in (("private memory", "KiB"), ("threads", ""), ("descriptors", "")):
-        ours, theirs = ([found[1][side][what] - found[0][side][what]] for side in (0, 1))
-        name = f"{what}, {count - warm} drops"
-        yield Figure(name, unit, ours, theirs, "as many clients")
+        samples = [after[what] - before[what]]
+        baseline = [server_after[what] - server_before[what]]
+        title = f"{what}, {len(times)} drops"
+        yield Figure(title, unit, samples, baseline, "as many clients")
 
 
-BENCHMARKS: dict[str, Callable[[Stage], Iterator[Figure]]] = {
+# ==== Polls ===========================================================================
+
+
+def bench_fault(bed: Testbed) -> Iterator[Figure]:
+    """A card vanishes between two polls: until the kubelet has it as Unhealthy.
+
+    The baseline polls as often, and does nothing but list the class.
+    """
+    poll_s = 0.1 if bed.quick else 1.0
+    tree = bed.tree(4)
+    kubelet = bed.kubelet()
+    bed.keep_beating(tree)
+    first, *_ = tree.chips.values()
+    bed.plugin(bed.module(), tree, kubelet, f"--poll-seconds={poll_s}")
+    kubelet.wait_status(N150, 4, 4, timeout=30)
+    done = threading.Event()
+    lists = Log("the bare loop")  # (how many entries, when)
+
+    def list_the_class() -> None:
+        while not done.wait(poll_s):
+            entries = os.listdir(tree.sys / "class/tenstorrent")
+            lists.append((len(entries), time.monotonic()))
+
+    thread = threading.Thread(target=list_the_class, daemon=True)
+    thread.start()
+    samples = list[float]()
+    baseline = list[float]()
+    for _ in bed.repeat(30, quick=2):
+        time.sleep(random.uniform(0, poll_s))
+        mark = kubelet.log.mark()
+        lists_mark = lists.mark()
+        began = time.monotonic()
+        tree.remove(first.pci)
+        seen = kubelet.wait_status(N150, 4, 3, after=mark)
+        _, listed = lists.wait_for(lambda one: one[0] < 4, 10, lists_mark)
+        samples.append((seen - began) * 1e3)
+        baseline.append((listed - began) * 1e3)
+        tree.add(first)
+        kubelet.wait_status(N150, 4, 4, after=mark)
+    done.set()
+    thread.join()
+    title = f"card gone, poll {poll_s:g} s"
+    targets = {"p99": poll_s * 1000 + 20}
+    yield Figure(title, "ms", samples, baseline, "loop of listdir", targets)
+
+
+def bench_poll(bed: Testbed) -> Iterator[Figure]:
+    """One poll, by chip: CPU time and system calls.
+
+    The baseline lists the class and reads one file a chip. The trees are files on a
+    disk. What a file of real sysfs costs beyond that is measured first, and to be added
+    for each of the files that a poll reads.
+    """
+    yield time_sysfs_file(bed)
+    for count in (4,) if bed.quick else (4, 32, 256):
+        tree = bed.tree(count)
+        poll = poller(tree.sys, tree.dev)
+        write = bed.heartbeats(tree)
+        poll()
+        samples = []
+        baseline = []
+        for number in bed.repeat(max(20, 4000 // count), quick=2):
+            write(1001 + number)
+            samples.append(cpu_us(poll) / count)
+            baseline.append(cpu_us(partial(bare_poll, tree.sys)) / count)
+        title = f"{count} chips, CPU a chip"
+        targets = {"p50": 60.0}
+        yield Figure(title, "us", samples, baseline, "1 read a chip", targets)
+        calls = system_calls(tree, bed.workdir / "trace")
+        if calls:
+            mine, bare = calls
+            title = f"{count} chips, calls a chip"
+            yield Figure(title, "", [mine / count], [bare / count], "1 read a chip")
+
+
+def time_sysfs_file(bed: Testbed) -> Figure:
+    """What it costs to read a file of real sysfs, and one on a disk."""
+    copy = bed.workdir / "attribute"
+    copy.write_bytes(SYSFS_FILE.read_bytes())
+    samples = []
+    baseline = []
+    for _ in bed.repeat(200, quick=2):
+        samples.append(cpu_us(partial(read, SYSFS_FILE), 50))
+        baseline.append(cpu_us(partial(read, copy), 50))
+    return Figure("one file of real sysfs", "us", samples, baseline, "file on a disk")
+
+
+def system_calls(tree: Tree, trace: Path) -> tuple[int, int] | None:
+    """Those of one poll, and of a bare one; None where strace may not trace."""
+    program = "import bench, sys; bench.traced_poll(*sys.argv[1:])"
+    command = [sys.executable, "-c", program, str(tree.sys), str(tree.dev)]
+    try:
+        strace = ["strace", "-f", "-o", str(trace), *command]
+        folder = Path(__file__).parent
+        subprocess.run(strace, check=True, cwd=folder, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    # A call that another thread's interrupts has two lines.
+    lines = [one for one in trace.read_text().splitlines() if "resumed>" not in one]
+    marks = [
+        number for number, line in enumerate(lines) if "/mark of the benchmark" in line
+    ]
+    first, second, third = marks
+    return second - first - 1, third - second - 1
+
+
+def bench_idle(bed: Testbed) -> Iterator[Figure]:
+    """A minute in which only heartbeats change: CPU in per cent of a core, wake-ups."""
+    server, _ = bed.empty_server()
+    pids = {0: server.pid}  # by number of cards
+    for count in (4, 32):
+        tree = bed.tree(count)
+        kubelet = bed.kubelet()
+        bed.keep_beating(tree)
+        pids[count] = bed.plugin(bed.module(), tree, kubelet).process.pid
+        kubelet.wait_status(N150, count, count, timeout=30)
+
+    before = {count: cpu_and_wakeups(pid) for count, pid in pids.items()}
+    began = time.monotonic()
+    time.sleep(1 if bed.quick else 60)
+    seconds = time.monotonic() - began
+    cpu = {}
+    wakeups = {}
+    for count, pid in pids.items():
+        cpu_before, wakeups_before = before[count]
+        cpu_after, wakeups_after = cpu_and_wakeups(pid)
+        cpu[count] = [(cpu_after - cpu_before) / seconds * 100]
+        wakeups[count] = [(wakeups_after - wakeups_before) / seconds]
+    for count, most in ((4, 0.3), (32, 1.0)):
+        title = f"{count} cards, CPU"
+        targets = {"p50": most}
+        yield Figure(title, "% core", cpu[count], cpu[0], "empty server", targets)
+        title = f"{count} cards, wake-ups"
+        yield Figure(title, "/s", wakeups[count], wakeups[0], "empty server")
+
+
+# ==== The program =====================================================================
+
+BENCHMARKS: dict[str, Callable[[Testbed], Iterator[Figure]]] = {
     "start": bench_start,
     "memory": bench_memory,
     "calls": bench_calls,
@@ -362,29 +515,40 @@ BENCHMARKS: dict[str, Callable[[Stage], Iterator[Figure]]] = {
 }
 
 
-def main() -> None:
-    """The program."""
-    parser = argparse.ArgumentParser(
-        prog="./build.sh bench", description=(__doc__ or "").split("\n\n")[1]
-    )
+def parse() -> argparse.Namespace:
+    """The command line."""
+    _, description, *_ = (__doc__ or "").split("\n\n")
+    names = ", ".join(BENCHMARKS)
+    parser = argparse.ArgumentParser(prog="./build.sh bench", description=description)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quick", action="store_true", help="to see that it runs, not how fast")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all"
+        "--quick", action="store_true", help="to see that it runs, not how fast"
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {names}; default: all"
     )
     options = parser.parse_args()
-    if unknown := sorted(set(options.names) - set(BENCHMARKS)):
-        parser.error(f"there is no {', '.join(unknown)}: choose of {', '.join(BENCHMARKS)}")
+    unknown = sorted(set(options.names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)}: choose of {names}")
+    return options
+
+
+def main() -> None:
+    """The program."""
+    options = parse()
     results = {}
     for name in options.names or BENCHMARKS:
-        doc = (BENCHMARKS[name].__doc__ or "").splitlines()[0]
-        print(f"{name}: {doc}", file=sys.stderr, flush=True)
-        with Stage(options.quick) as stage:
-            results[name] = list(BENCHMARKS[name](stage))
+        summary, *_ = (BENCHMARKS[name].__doc__ or "").splitlines()
+        print(f"{name}: {summary}", file=sys.stderr, flush=True)
+        with Testbed(options.quick) as bed:
+            results[name] = list(BENCHMARKS[name](bed))
     if options.json:
         print(as_json(results))
     else:
-        print("\n".join(f"{what:8}{text}" for what, text in machine().items()), end="\n\n")
+        for what, text in machine().items():
+            print(f"{what:8}{text}")
+        print()
         print(as_table(results))
 
 

@@ -1,6 +1,6 @@
-"""The baseline of the benchmarks:  empty_server.py SOCKET
+"""The baseline of the benchmarks:  empty_server.py SOCKET.
 
-No plugin can be smaller: this serves the same service, and its answers are empty.
+What a plugin cannot be smaller than: a server of the same service with empty answers.
 """
 
 import asyncio
