@@ -198,6 +198,20 @@ def bench_calls(bed: Testbed) -> Iterator[Figure]:
     yield from time_calls(bed, address, galaxy, GALAXY, size=8)
 
 
+def requests_for(ids: list[str], size: int) -> dict[str, bytes]:
+    """Each call that is measured: a request for so many of these cards."""
+    container = api.ContainerAllocateRequest(devices_ids=ids[:size])
+    allocate = api.AllocateRequest(container_requests=[container])
+    preference = api.ContainerPreferredAllocationRequest(
+        available_deviceIDs=ids, allocation_size=size
+    )
+    prefer = api.PreferredAllocationRequest(container_requests=[preference])
+    return {
+        "Allocate": allocate.SerializeToString(),
+        "GetPreferredAllocation": prefer.SerializeToString(),
+    }
+
+
 def time_calls(
     bed: Testbed, address: str, tree: Tree, resource: str, size: int
 ) -> Iterator[Figure]:
@@ -209,23 +223,12 @@ def time_calls(
     bed.plugin(bed.module(), tree, kubelet, log=str(bed.new_path("log")))
     kubelet.wait_status(resource, count, count, timeout=30)
     ids = sorted(kubelet.last("devices")["devices"])
-    container = api.ContainerAllocateRequest(devices_ids=ids[:size])
-    preference = api.ContainerPreferredAllocationRequest(
-        available_deviceIDs=ids, allocation_size=size
-    )
-    requests: dict[str, Any] = {
-        "Allocate": api.AllocateRequest(container_requests=[container]),
-        "GetPreferredAllocation": api.PreferredAllocationRequest(
-            container_requests=[preference]
-        ),
-    }
     socket = kubelet.folder / kubelet.last("register")["endpoint"]
     with (
         grpc.insecure_channel(f"unix:{socket}") as plugin,
         grpc.insecure_channel(address) as empty,
     ):
-        for method, request in requests.items():
-            data = request.SerializeToString()
+        for method, data in requests_for(ids, size).items():
             sides: list[tuple[Any, list[float]]] = [
                 (unary(channel, method), []) for channel in (plugin, empty)
             ]
@@ -381,14 +384,9 @@ def bench_fault(bed: Testbed) -> Iterator[Figure]:
     bed.plugin(bed.module(), tree, kubelet, f"--poll-seconds={poll_s}")
     kubelet.wait_status(N150, 4, 4, timeout=30)
     done = threading.Event()
-    lists = Log("the bare loop")  # (how many entries, when)
-
-    def list_the_class() -> None:
-        while not done.wait(poll_s):
-            entries = os.listdir(tree.sys / "class/tenstorrent")
-            lists.append((len(entries), time.monotonic()))
-
-    thread = threading.Thread(target=list_the_class, daemon=True)
+    lists = Log("the bare loop")
+    arguments = (tree.sys / "class/tenstorrent", poll_s, done, lists)
+    thread = threading.Thread(target=list_often, args=arguments, daemon=True)
     thread.start()
     samples = list[float]()
     baseline = list[float]()
@@ -409,6 +407,12 @@ def bench_fault(bed: Testbed) -> Iterator[Figure]:
     title = f"card gone, poll {poll_s:g} s"
     targets = {"p99": poll_s * 1000 + 20}
     yield Figure(title, "ms", samples, baseline, "loop of listdir", targets)
+
+
+def list_often(folder: Path, pause: float, done: threading.Event, log: Log) -> None:
+    """The baseline of bench_fault: log how many entries there are, and when."""
+    while not done.wait(pause):
+        log.append((len(os.listdir(folder)), time.monotonic()))
 
 
 def bench_poll(bed: Testbed) -> Iterator[Figure]:
