@@ -859,6 +859,13 @@ PROMISED_TIMES = pytest.StashKey[PromisedTimes]()
 def pytest_configure(config: pytest.Config) -> None:
     """Called by pytest when this plugin is loaded."""
     config.stash[PROMISED_TIMES] = PromisedTimes()
+    config.addinivalue_line("markers", "run_last: run it after all others")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Called by pytest before the first test: the order in which they run."""
+    items.sort(key=lambda item: item.get_closest_marker("run_last") is not None)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
