@@ -69,7 +69,6 @@ from harness import (  # noqa: E402
     P300_ID,
     R150,
     R300,
-    SAID,
     SECOND,
     THIRD,
     Bound,
@@ -3849,8 +3848,7 @@ def test_podman_takes_the_cdi_spec(workdir: Path) -> None:
         assert done.stdout.split() == nodes.split(), done.stderr
 
 
-@pytest.mark.run_last
-def test_readme_symptoms(request: pytest.FixtureRequest) -> None:
+def test_readme_symptoms(request: pytest.FixtureRequest, said: str) -> None:
     """Each symptom in README is what a plugin said in another test of this run.
 
     "..." stands for anything.
@@ -3861,7 +3859,6 @@ def test_readme_symptoms(request: pytest.FixtureRequest) -> None:
     if missing:
         example = min(missing)
         pytest.skip(f"only a part runs, without {len(missing)} tests such as {example}")
-    said = "\n".join(SAID)
     for cell, *_ in table("symptom"):
         symptom = in_code(cell)[0]
         pattern = ".+".join(map(re.escape, symptom.split("...")))

@@ -859,13 +859,18 @@ PROMISED_TIMES = pytest.StashKey[PromisedTimes]()
 def pytest_configure(config: pytest.Config) -> None:
     """Called by pytest when this plugin is loaded."""
     config.stash[PROMISED_TIMES] = PromisedTimes()
-    config.addinivalue_line("markers", "run_last: run it after all others")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Called by pytest before the first test: the order in which they run."""
-    items.sort(key=lambda item: item.get_closest_marker("run_last") is not None)
+    """Called by pytest before the first test: what looks at all said is last."""
+    items.sort(key=lambda item: "said" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture
+def said() -> str:
+    """What plugins said in all other tests of this run, as those run before."""
+    return "\n".join(SAID)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
