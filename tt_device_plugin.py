@@ -1362,7 +1362,8 @@ VENDOR = "0x1e52"  # Tenstorrent's PCI vendor id (tt-kmd enumerate.h)
 # PCI device id -> architecture, as in the names in by-id (tt-kmd 2.6.0, its udev rule).
 ARCHITECTURES = {"0x401e": "wormhole", "0xb140": "blackhole"}
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-PCI_ROOT_BUS = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
+# The PCI parts of a path in sysfs: the root bus, such as pci0000:00, and addresses.
+PCI_PATH = re.compile(rf"pci[0-9a-f]{{4,8}}:[0-9a-f]{{2}}|{PCI_ADDRESS.pattern}")
 CLASS_DEVICE = re.compile(rf"{DRIVER}!(0|[1-9][0-9]{{0,5}})")
 # A model becomes part of a resource's and a socket's name, so its length is limited.
 MODEL_LENGTH = 16
@@ -1468,17 +1469,15 @@ class TenstorrentDiscovery:
         # bridges.
         link = folder if os.path.islink(folder) else f"{folder}/device"
         try:
-            target = os.readlink(link).split("/")
+            target = os.readlink(link)
             inode = os.stat(folder).st_ino
         except OSError:  # it has just vanished
             return None
 
-        roots = [part for part in target if PCI_ROOT_BUS.fullmatch(part)]
-        addresses = [part for part in target if PCI_ADDRESS.fullmatch(part)]
-        if not addresses:
+        *above, pci = PCI_PATH.findall(target) or [""]
+        if not PCI_ADDRESS.fullmatch(pci):
             return None
-        *bridges, pci = addresses
-        return Chip(pci, index, inode, pci_path=(*roots, *bridges))
+        return Chip(pci, index, inode, pci_path=tuple(above))
 
     def unclaimed(self, known: set[str]) -> list[JudgedChip]:
         """Tenstorrent's PCI functions that have no class device, and why.
@@ -1539,10 +1538,11 @@ class TenstorrentDiscovery:
             reading = reading._replace(fault="no-node")
 
         # What was read may be another chip's, which has taken N meanwhile.
-        there = self.chip_at(chip.index)
-        if there is None or there.class_device != chip.class_device:
-            return chip, Reading(fault="gone")
-        return known, reading
+        try:
+            is_same = os.stat(folder).st_ino == chip.inode
+        except OSError:
+            is_same = False
+        return (known, reading) if is_same else (chip, Reading(fault="gone"))
 
     def _identify(self, chip: Chip) -> Chip:
         """`chip` with all that sysfs tells about it."""
