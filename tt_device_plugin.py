@@ -346,7 +346,7 @@ def describe_absent(
     """Where the second chip of a card is, of which only one is there.
 
     `absent` are the chips that the card had and has no more. `unidentified_at`: PCI
-    address of each chip that is there, but not identified -> its verdict.
+    address of each chip that has a class device, but is not identified -> its verdict.
     """
     remedy = "reset the card with tt-smi -r, and look for both in lspci -d 1e52:"
     if not absent:
@@ -449,9 +449,10 @@ def next_snapshot(
     """
     groups = group_by_card(judged)
     offered = {card.id: card for card in old.cards if card.resource}
-    unidentified_at = {
-        chip.pci: verdict for chip, verdict in judged if chip.unidentified
-    }
+    unidentified_at = {}
+    for chip, verdict in judged:
+        if chip.unidentified and chip.index >= 0:
+            unidentified_at[chip.pci] = verdict
 
     cards = []
     for card_id, members in groups.items():
@@ -523,7 +524,7 @@ class ChipReader:
         self._chip = chip
         self._reading = Reading()
         self._unjudged: deque[tuple[Chip, Reading]] = deque()
-        self._ended = threading.Event()
+        self._ended = False
         # A daemon: one that hangs in a read must not keep the process from ending.
         threading.Thread(
             target=self._run,
@@ -547,11 +548,11 @@ class ChipReader:
 
     def end(self) -> None:
         """Let the thread end, once its read has returned."""
-        self._ended.set()
+        self._ended = True
 
     def _run(self, discovery: Discovery, chip: Chip, interval: float) -> None:
         reading = Reading()
-        while not self._ended.is_set():
+        while not self._ended:
             try:
                 chip, reading = read_chip(discovery, chip, reading)
             except Exception as error:  # a defect costs this chip's readings, no others
@@ -560,7 +561,7 @@ class ChipReader:
                 reading = Reading(fault="unreadable", detail=repr(error))
             self._unjudged.append((chip, reading))
             self.has_read.set()
-            self._ended.wait(interval)
+            time.sleep(interval)
 
 
 class Inventory:
