@@ -2250,6 +2250,19 @@ def topology_path(card: Card, trays: Mapping[str, str]) -> tuple[str, ...]:
     return (numa, *above, chip.pci)
 
 
+def healthy_paths(
+    cards: Mapping[str, Card], ids: Iterable[str]
+) -> dict[tuple[str, ...], str]:
+    """The path of each healthy card among these IDs -> its ID."""
+    trays = galaxy_trays(cards.values())
+    id_at = {}
+    for card_id in ids:
+        card = cards.get(card_id)
+        if card and card.verdict.health == HEALTHY:
+            id_at[topology_path(card, trays)] = card_id
+    return id_at
+
+
 def shared_levels(one: tuple[str, ...], other: tuple[str, ...]) -> int:
     """How many levels two paths have in common, from the top."""
     levels = 0
@@ -2299,11 +2312,7 @@ def preferred_allocation(
         )
         raise Refusal(StatusCode.INVALID_ARGUMENT, sentence)
 
-    trays = galaxy_trays(cards.values())
-    id_at = {}  # the path of each healthy card -> its ID
-    for card_id in asked & cards.keys():
-        if cards[card_id].verdict.health == HEALTHY:
-            id_at[topology_path(cards[card_id], trays)] = card_id
+    id_at = healthy_paths(cards, asked)
     fixed = sorted(path for path, card_id in id_at.items() if card_id in required)
 
     # Of the lost ones: those that are required, and as many as it would lack.
