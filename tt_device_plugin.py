@@ -2,7 +2,8 @@
 """A Kubernetes device plugin for Tenstorrent cards, in one file, to read from the top.
 
 A device plugin tells the kubelet which cards a node has, and what a container needs to
-use them. It takes five steps:
+use them. It takes five steps. The file shows the calls first (section 3), then the
+registration (section 4), then how cards are found and judged (section 5).
 
 1. **Discover.** Find the cards of this node and judge their health: here in sysfs, once
    a second by default (section 5).
@@ -28,14 +29,14 @@ What this plugin adds to that:
   ASIC id.
 - A card that was offered stays listed while the plugin runs: Unhealthy, with a reason,
   until it is back.
-- Two Pods do not get one chip, even if an upgrade, a flag or the driver has given its
-  card another ID or resource. Before a container starts, the plugin reads in the
-  kubelet's own record who holds what, if it can.
+- A container does not start with a chip that another Pod holds, even if an upgrade, a
+  flag or the driver has given the chip's card another ID or resource: the plugin looks
+  it up in the kubelet's own record, as long as that can be read.
 - A chip with a heartbeat becomes Healthy only once the heartbeat has changed.
-- What is not known decides nothing: a chip without a heartbeat, or with one that cannot
-  be read, is Healthy.
-- A read that hangs affects only its own card. No call waits for a read. A poll waits
-  only for the first reads of new chips, for 2 s at most.
+- Missing information makes no card Unhealthy: a chip without a heartbeat, or with one
+  that cannot be read, is Healthy.
+- A read of a chip that hangs affects only its own card. No call waits for one. A poll
+  waits only for the first reads of new chips, for 2 s at most.
 
 What it does not do: it opens no device node, resets no card, and wipes no memory
 between Pods. It knows of a card's health only what the driver shows in sysfs. It talks
@@ -43,16 +44,16 @@ to the kubelet only, unless flags ask for more: --listen answers HTTP requests;
 --cdi-dir and --labels-dir keep files for other tools.
 
 The one idea: a thread polls, that is, it makes an immutable snapshot of all cards,
-again and again. The kubelet gets what the newest snapshot says. The functions that
-judge do no I/O: their arguments are what was read, what is remembered, and the time.
+again and again. The kubelet gets what the newest snapshot says. Judging does no I/O: it
+follows from what was read, what is remembered, and the time.
 
 The threads:
 
 - The main thread runs the event loop, which serves the kubelet.
 - One thread polls.
 - One thread for each chip reads its files.
-- Small ones write the log and files, wait for signals, and read what could hold up the
-  event loop.
+- Small ones write the log and files, wait for signals, and do reads that could block
+  the event loop.
 
 Words: a *chip* is one PCIe device, /dev/tenstorrent/N. A *card* is what a Pod gets: one
 chip, or the two of a p300. A card is *offered* if the kubelet is told of it. The
@@ -172,7 +173,7 @@ class LogOnChange:
 # The health of a chip or card. The first two are the words of the device plugin API.
 HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"
-# A card is not offered if that is its health at first. If it was offered before, it is
+# The kubelet is not told of such a card. If it was told of it earlier, the card is
 # listed as Unhealthy instead. --list prints this word.
 NOT_OFFERED = "pending"
 DEVICES = (
@@ -214,7 +215,7 @@ class Chip:
     firmware: str = ""  # version of the firmware bundle, 19.5.0.0
     numa_node: int | None = None
     iommu: str = ""  # type of its IOMMU group: DMA, DMA-FQ, identity; "" without one
-    unidentified: str = "pending"  # the kind that says why it is; "" once identified
+    unidentified: str = "pending"  # why: a key of KINDS; "" once it is identified
 
     @property
     def class_device(self) -> ClassDevice:
@@ -246,28 +247,12 @@ class Chip:
         return self.id
 
 
-class Reading(NamedTuple):
-    """How a chip was at one read."""
-
-    heartbeat: int | None = None  # None if it has none, or none could be read
-    fault: str = ""  # a kind, "" if nothing is wrong
-    detail: str = ""  # for the kind `unreadable`: the error's name, such as EIO
-    changed: bool = False  # the heartbeat was seen to change during this read
-
-
 class Verdict(NamedTuple):
     """The health of a chip or a card."""
 
     health: str  # HEALTHY, UNHEALTHY or NOT_OFFERED
     kind: str  # a key of KINDS
     reason: str  # for the admin; "" for the kind `ok`
-
-
-class JudgedChip(NamedTuple):
-    """A chip with its verdict."""
-
-    chip: Chip
-    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +286,7 @@ class Card:
 class Snapshot:
     """The node's cards at one moment."""
 
-    # By resource, then PCI address; those that are not offered last.
+    # Sorted by resource, then PCI address; cards that are not offered come last.
     cards: tuple[Card, ...] = ()
     driver: str = ""  # version of tt-kmd, "" if it is not loaded
     polled: bool = False  # False: nothing has been looked at yet
@@ -314,36 +299,6 @@ class Snapshot:
     def resources(self) -> list[str]:
         """The resources to register."""
         return sorted({card.resource for card in self.cards if card.resource})
-
-
-class Discovery(Protocol):
-    """What the plugin asks of the part that knows a vendor's driver.
-
-    For another vendor's cards, write this class, and see README for the rest. A *class
-    device* is what a driver makes for each chip: a folder in sysfs, and a device node
-    in `dev_folder`. All methods but `read` must return at once. OSError means that
-    nothing can be found out now, such as for lack of file descriptors.
-    """
-
-    dev_folder: str  # with the device nodes N, and links by-id/ID if there are any
-
-    def driver_version(self) -> str:
-        """The version of the loaded driver, or ""."""
-
-    def chips(self) -> list[Chip]:
-        """The chips that have a class device, each as `chip_at` gives it."""
-
-    def chip_at(self, index: int) -> Chip | None:
-        """The chip whose class device has N = `index` now, unidentified; or None."""
-
-    def unclaimed(self, known: set[str]) -> list[JudgedChip]:
-        """The chips without a class device; `known` are PCI addresses of the others."""
-
-    def read(self, chip: Chip) -> tuple[Chip, Reading]:
-        """Identify a chip, as far as that is possible now, and read its health.
-
-        It may hang: each chip is read by a thread of its own.
-        """
 
 
 # ==== 3. The DevicePlugin service: five calls, answered from the newest snapshot ======
@@ -391,8 +346,8 @@ class Shared:
 def device_list(snapshot: Snapshot, resource: str) -> api.ListAndWatchResponse:
     """The message that a ListAndWatch stream of `resource` should have sent last.
 
-    It has the NUMA nodes of all cards or of none: if only some devices have one, the
-    kubelet finds no place for two (topology_hints.go). A NUMA node of -1 would make the
+    It has NUMA nodes only if they are known of each card: with a mix, the kubelet
+    cannot place a request for two (topology_hints.go). A NUMA node of -1 would make the
     policy `single-numa-node` reject the Pod.
     """
     cards = snapshot.of(resource).values()
@@ -446,8 +401,8 @@ def find_problem(discovery: Discovery, card: Card) -> str:
         there = discovery.chip_at(chip.index)
         if not there or there.class_device != chip.class_device:
             return (
-                f"{chip.device_node} is no longer chip {chip.pci}: it was reset or "
-                "removed a moment ago. Try again"
+                f"{chip.device_node} is no longer chip {chip.pci}, which was reset or "
+                "removed a moment ago"
             )
         if not is_device_node(f"{discovery.dev_folder}/{chip.index}", chip.dev):
             return make_verdict("no-node", chip=chip).reason
@@ -572,12 +527,12 @@ class DevicePlugin(rpc.DevicePluginServicer):
     async def ListAndWatch(  # type: ignore[override]
         self, request: Any, context: Any
     ) -> None:
-        """Send the list at once, and when it differs from what *this* stream sent."""
+        """Send the list at once, and again when it has changed."""
         if self.stream_task is None:
             self.stream_task = asyncio.current_task()
         sent = None
         while not self.closing:
-            # Take the event before the snapshot: a change in between sets this event.
+            # The event before the snapshot: so a change in between is not missed.
             changed = self.inventory.changed
             devices = device_list(self.inventory.snapshot, self.resource)
             if devices == sent:
@@ -651,9 +606,9 @@ class DevicePlugin(rpc.DevicePluginServicer):
 
 # ==== 4. Registration: serve, register, expect the stream, wait for its end, again ====
 # Whatever goes wrong, the stream ends, so the plugin watches only the stream. Two
-# failures show nowhere else: a kubelet drops a stream and keeps running; and when an
-# older stream of a resource ends, a kubelet up to 1.36 disconnects the newer one as
-# well (kubernetes devicemanager/plugin/v1beta1/handler.go).
+# failures show nowhere else: - A kubelet drops a stream and keeps running. - When an
+# old stream of a resource ends, a kubelet up to 1.36 disconnects the new one of   that
+# resource as well (kubernetes devicemanager/plugin/v1beta1/handler.go).
 
 # How often to look for the kubelet and to try the lock. The goal is to be registered
 # 0.1 s after a kubelet answers, and Register takes a few milliseconds.
@@ -663,13 +618,13 @@ REGISTER_S = 12.0
 # How soon after Register the kubelet must open its stream: up to 1.24, it dials back
 # only then, for 10 s at most.
 STREAM_S = 12.0
-# A registration has failed if its stream was open for less than this, or never.
+# A stream that was open for less than this was cut short.
 LASTING_S = 1.0
-# The pause before the same kubelet is tried again, after a registration that has
-# failed. It doubles each time.
+# The pause before the same kubelet is tried again, after a registration whose stream
+# was cut short or never open. It doubles each time.
 SHORTEST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 5.0
-MANY_CUT_SHORT = 3  # so many streams in a row: another plugin may end them
+MANY_CUT_SHORT = 3  # this many streams in a row: perhaps another plugin ends them
 STOP_S = 0.2  # how long a server that stops waits for calls under way
 REQUEST_BYTES = 256 * 1024  # largest request: ten times the IDs of the largest node
 
@@ -679,7 +634,8 @@ def socket_name(model: str, token: str) -> str:
     return f"tenstorrent-{model}-{token}.sock"
 
 
-ANY_SOCKET = f"tenstorrent-?*-{'[0-9a-f]' * 6}.sock"  # the pattern of these names
+HEX = "[0-9a-f]"
+ANY_SOCKET = f"tenstorrent-?*-{HEX}{HEX}{HEX}{HEX}{HEX}{HEX}.sock"  # as a glob pattern
 
 
 def accepts_connections(path: Path) -> bool:
@@ -745,8 +701,8 @@ async def running(server: grpc.aio.Server) -> AsyncIterator[None]:
 async def serving(plugin: DevicePlugin, folder: Path) -> AsyncIterator[str]:
     """Serve `plugin` on a new socket in `folder`, and give its name. Raises OSError.
 
-    Each registration has a name of its own, so that an instance that ends late cannot
-    remove this socket.
+    Each registration has a name of its own, so that an older instance that is slow to
+    end cannot remove this socket.
     """
     model = plugin.resource.partition("/")[2]
     path = folder / socket_name(model, os.urandom(3).hex())
@@ -805,7 +761,7 @@ class Registrar:
                         loop = self.run_resource(resource)
                         tasks[resource] = asyncio.create_task(loop)
 
-                if not tasks:  # so that a node without cards has an instance, too
+                if not tasks:  # also without cards, only one instance is active
                     self.lock.try_acquire()
 
                 waiter = asyncio.create_task(changed.wait())
@@ -826,25 +782,24 @@ class Registrar:
     async def run_resource(self, resource: str) -> None:
         """Register a resource again and again, for ever. Raises CannotWork."""
         trouble = self._trouble[resource] = LogOnChange()
-        kubelet = ""  # file_id of the socket of the kubelet that was tried last
+        kubelet_id = ""  # file_id of the socket of the kubelet that was tried last
         cause = "start"
         pause = 0.0
-        cut_short = 0  # streams in a row that ended at once
+        cut_short = 0  # streams in a row
         while True:
-            newest = await self.wait_for_kubelet(kubelet, pause)
-            if newest != kubelet:
-                kubelet = newest
+            found_id = await self.wait_for_kubelet(kubelet_id, pause)
+            if found_id != kubelet_id:  # another kubelet
+                kubelet_id = found_id
                 pause = 0.0
                 cut_short = 0
 
-            outcome = await self._register_safely(resource, kubelet, cause)
+            outcome = await self._register_safely(resource, kubelet_id, cause)
             cause = outcome.cause
             if outcome.open_s >= LASTING_S:
                 pause = 0.0
                 cut_short = 0
             else:
-                pause = max(2 * pause, SHORTEST_PAUSE_S)
-                pause = min(pause, LONGEST_PAUSE_S)
+                pause = min(max(2 * pause, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
                 cut_short = cut_short + 1 if outcome.open_s > 0 else 0
 
             if outcome.problem:
@@ -859,22 +814,24 @@ class Registrar:
                 trouble.set("")
 
     async def _register_safely(
-        self, resource: str, kubelet: str, cause: str
+        self, resource: str, kubelet_id: str, cause: str
     ) -> Outcome:
-        """register_once, with what it raises as an outcome."""
+        """Call register_once, and turn exceptions into an outcome."""
         try:
-            return await self.register_once(resource, kubelet, cause)
+            return await self.register_once(resource, kubelet_id, cause)
         except OSError as error:
             return Outcome("no-socket", str(error.strerror or error))
         except Exception as error:  # a defect must cost one try, not the resource
             log.exception("registering %s failed", resource)
             return Outcome("defect", repr(error))
 
-    async def register_once(self, resource: str, kubelet: str, cause: str) -> Outcome:
+    async def register_once(
+        self, resource: str, kubelet_id: str, cause: str
+    ) -> Outcome:
         """One registration, from its socket to the end of its stream.
 
-        `kubelet` is the file_id of its socket, `cause` what ended the registration
-        before this one. Raises OSError.
+        `kubelet_id` is the file_id of the kubelet's socket, `cause` what ended the last
+        registration. Raises OSError.
         """
         plugin = DevicePlugin(self.shared, resource)
         async with serving(plugin, self.folder) as endpoint:
@@ -882,14 +839,15 @@ class Registrar:
                 await self._call_register(resource, endpoint)
             except grpc.aio.AioRpcError as error:
                 if not accepts_connections(self.kubelet_socket):
-                    # The kubelet went away during the call: keep the earlier cause.
+                    # The kubelet has ended: as if this had not been tried.
                     return Outcome(cause)
                 details = f"{error.code().name}: {error.details()}"
+                # A name that is new each time would make this a new problem each time.
                 answer = details.replace(endpoint, "its socket")
                 problem = f"the kubelet has not registered it: {answer}"
                 return Outcome("register-failed", problem)
 
-            problem = await self._wait_for_stream(plugin, kubelet)
+            problem = await self._wait_for_stream(plugin, kubelet_id)
             if plugin.stream_task is None:
                 return Outcome("no-stream", problem)
             opened = time.monotonic()
@@ -916,12 +874,12 @@ class Registrar:
         async with grpc.aio.insecure_channel(target, options) as channel:
             await rpc.RegistrationStub(channel).Register(request, timeout=REGISTER_S)
 
-    async def _wait_for_stream(self, plugin: DevicePlugin, kubelet: str) -> str:
+    async def _wait_for_stream(self, plugin: DevicePlugin, kubelet_id: str) -> str:
         """Wait until the stream is open. Returns "", or why it is not."""
         until = time.monotonic() + STREAM_S
         while plugin.stream_task is None:
             # If the kubelet has ended since Register, no stream ever comes.
-            if file_id(self.kubelet_socket) != kubelet:
+            if file_id(self.kubelet_socket) != kubelet_id:
                 return "the kubelet has accepted it, but has ended since"
             if time.monotonic() > until:
                 late = f"opened no stream within {STREAM_S:.0f} s"
@@ -946,26 +904,26 @@ class Registrar:
             extra={"resource": resource, "reason": cause},
         )
 
-    async def wait_for_kubelet(self, last: str, pause: float) -> str:
+    async def wait_for_kubelet(self, tried_id: str, pause: float) -> str:
         """Wait until this instance holds the lock, and a kubelet listens.
 
-        Returns the file_id of the kubelet's socket. If that is `last`, it waits for
-        `pause` seconds at least; a new socket is taken at once. Raises CannotWork.
+        Returns the file_id of the kubelet's socket. A socket that is `tried_id` is left
+        alone for `pause` seconds; another one is not. Raises CannotWork.
         """
         pause_ends = time.monotonic() + pause
         await asyncio.sleep(min(pause, LOOK_S))
         while True:
             is_pausing = time.monotonic() < pause_ends
             try:
-                kubelet = self._find_kubelet(leave_alone=last if is_pausing else "")
-                if kubelet:
-                    return kubelet
+                found_id = self._find_kubelet(tried_id, is_pausing)
+                if found_id:
+                    return found_id
             except OSError as error:
                 text = f"cannot reach the kubelet at {self.kubelet_socket}"
                 self._waiting.set(f"{text}: {error.strerror}")
             await asyncio.sleep(LOOK_S)
 
-    def _find_kubelet(self, leave_alone: str) -> str:
+    def _find_kubelet(self, tried_id: str, is_pausing: bool) -> str:
         """The file_id of a kubelet's socket that accepts connections, or "".
 
         What this instance waits for is logged, once. Raises CannotWork, OSError.
@@ -975,13 +933,13 @@ class Registrar:
             self._waiting.set(problem)
             return ""
 
-        kubelet = file_id(self.kubelet_socket)
-        if kubelet and kubelet == leave_alone:
+        found_id = file_id(self.kubelet_socket)
+        if found_id and found_id == tried_id and is_pausing:
             return ""
-        if kubelet and accepts_connections(self.kubelet_socket):
+        if found_id and accepts_connections(self.kubelet_socket):
             text = f"a kubelet answers at {self.kubelet_socket}"
             self._waiting.set("", cleared=text)
-            return kubelet
+            return found_id
         text = f"no kubelet listens at {self.kubelet_socket}: waiting for it to start"
         self._waiting.set(text)
         return ""
@@ -1006,6 +964,52 @@ class Registrar:
 # ==== 5. Cards: chips -> cards -> the next snapshot; the threads that read and poll ===
 
 
+class Reading(NamedTuple):
+    """How a chip was at one read."""
+
+    heartbeat: int | None = None  # None if it has none, or none could be read
+    fault: str = ""  # a kind, "" if nothing is wrong
+    detail: str = ""  # for the kind `unreadable`: the error's name, such as EIO
+    changed: bool = False  # the heartbeat was seen to change during this read
+
+
+class JudgedChip(NamedTuple):
+    """A chip with its verdict."""
+
+    chip: Chip
+    verdict: Verdict
+
+
+class Discovery(Protocol):
+    """What the plugin asks of the part that knows a vendor's driver.
+
+    For another vendor's cards, write this class, and see README for the rest. A *class
+    device* is what a driver makes for each chip: a folder in sysfs, and a device node
+    in `dev_folder`. All methods but `read` must return at once. OSError means that
+    nothing can be found out now, such as for lack of file descriptors.
+    """
+
+    dev_folder: str  # with the device nodes N, and links by-id/ID if there are any
+
+    def driver_version(self) -> str:
+        """The version of the loaded driver, or ""."""
+
+    def chips(self) -> list[Chip]:
+        """The chips that have a class device, each as `chip_at` gives it."""
+
+    def chip_at(self, index: int) -> Chip | None:
+        """The chip whose class device has N = `index` now, unidentified; or None."""
+
+    def unclaimed(self, known: set[str]) -> list[JudgedChip]:
+        """The chips without a class device; `known` are PCI addresses of the others."""
+
+    def read(self, chip: Chip) -> tuple[Chip, Reading]:
+        """Identify a chip, as far as that is possible now, and read its health.
+
+        It may hang: each chip is read by a thread of its own.
+        """
+
+
 def model_of(chip: Chip, settings: Settings) -> str:
     """The model, such as n150; if the driver does not know it, the architecture."""
     model = chip.arch if chip.card_type == "unknown" else chip.card_type
@@ -1021,7 +1025,7 @@ def group_by_card(judged: Iterable[JudgedChip]) -> dict[str, list[JudgedChip]]:
         at_address.setdefault(member.chip.pci, []).append(member)
 
     def how_new(member: JudgedChip) -> tuple[bool, int, int]:
-        # sysfs counts its inodes up.
+        # A newer class device has a higher inode number: sysfs counts them up.
         chip = member.chip
         return member.verdict.kind != "gone", chip.inode, chip.index
 
@@ -1034,32 +1038,32 @@ def group_by_card(judged: Iterable[JudgedChip]) -> dict[str, list[JudgedChip]]:
 
 
 def describe_absent(
-    absent: Sequence[Chip], unidentified_at: Mapping[str, Verdict]
+    absent: Sequence[Chip], unidentified_at: Mapping[str, JudgedChip]
 ) -> str:
-    """Where the second chip of a card is, of which only one is there.
+    """What has become of the other chip, if only one of a card's two is there.
 
-    `absent` are the chips that the card had and has no more. `unidentified_at`: PCI
-    address of each chip that has a class device, but is not identified -> its verdict.
+    `absent` are the chips that the card had and has no more. `unidentified_at` has the
+    chips that are there, but not identified, by PCI address.
     """
     remedy = "reset the card with tt-smi -r, and look for both in lspci -d 1e52:"
+    if not absent and unidentified_at:
+        others = ", ".join(unidentified_at)
+        return f"the other one may be {others}, which is not identified"
     if not absent:
-        if unidentified_at:
-            others = ", ".join(unidentified_at)
-            return f"the other one may be {others}, which is not identified yet"
         return f"the other one is missing: {remedy}"
     pci = absent[0].pci
-    if pci in unidentified_at:
-        why = unidentified_at[pci].reason
-        return f"the other one, {pci}, is back, but not identified yet: {why}"
-    return f"the other one, {pci}, is missing: {remedy}"
+    if pci not in unidentified_at:
+        return f"the other one, {pci}, is missing: {remedy}"
+    why = unidentified_at[pci].verdict.reason
+    return f"the other one, {pci}, is there, but not identified: {why}"
 
 
 def judge_card(
     members: Sequence[JudgedChip],
     absent: Sequence[Chip],
-    unidentified_at: Mapping[str, Verdict],
+    unidentified_at: Mapping[str, JudgedChip],
 ) -> Verdict:
-    """A card's verdict from those of its chips; for the rest see describe_absent.
+    """A card's verdict, from those of its chips. See describe_absent.
 
     Half a p300 is never offered: its chip would have one ID alone, and another one as
     part of the pair.
@@ -1087,14 +1091,14 @@ def judge_card(
 def make_card(
     members: Sequence[JudgedChip],
     before: Card | None,
-    unidentified_at: Mapping[str, Verdict],
+    unidentified_at: Mapping[str, JudgedChip],
     settings: Settings,
 ) -> Card:
     """The card that `members` make up.
 
-    `before` is the card with this ID as it was offered last, None if it never was. A
-    card that was offered stays so. It also keeps its resource, whatever becomes known
-    of its model: the kubelet records by resource and ID who holds a card.
+    `before` is the card with this ID as it was offered last, None if it never was. Once
+    offered, a card stays listed, and keeps its resource even if its model turns out to
+    be another one: the kubelet records by resource and ID who holds a card.
     """
     first = members[0].chip
     chips = [member.chip for member in members]
@@ -1116,11 +1120,12 @@ def make_card(
     return Card(before.id, model, before.resource, tuple(chips), verdict)
 
 
-def judge_gone(card: Card, unidentified_at: Mapping[str, Verdict]) -> Verdict:
-    """The verdict of a card none of whose chips is identified now."""
+def judge_gone(card: Card, unidentified_at: Mapping[str, JudgedChip]) -> Verdict:
+    """The verdict of an offered card none of whose chips is identified now."""
     for chip in card.chips:
-        if chip.pci in unidentified_at:
-            why = unidentified_at[chip.pci].reason
+        there = unidentified_at.get(chip.pci)
+        if there and there.chip.index >= 0:  # it has a class device
+            why = there.verdict.reason
             return make_verdict("returning", pci=chip.pci, why=why)
     return make_verdict("gone")
 
@@ -1144,9 +1149,9 @@ def next_snapshot(
     groups = group_by_card(judged)
     offered = {card.id: card for card in old.cards if card.resource}
     unidentified_at = {}
-    for chip, verdict in judged:
-        if chip.unidentified and chip.index >= 0:
-            unidentified_at[chip.pci] = verdict
+    for member in judged:
+        if member.chip.unidentified:
+            unidentified_at[member.chip.pci] = member
 
     cards = []
     for card_id, members in groups.items():
@@ -1164,7 +1169,9 @@ def next_snapshot(
     return replace(old, cards=tuple(sorted(cards, key=place)), polled=True)
 
 
-READ_HANGS_S = 5.0  # no read has returned for so long: the driver hangs
+# If no read has returned for this long, the driver hangs. It is counted in polls, at
+# least two.
+READ_HANGS_S = 5.0
 # How long a poll waits for the first reads of new chips, for all of them together.
 FIRST_READS_S = 2.0
 
@@ -1182,12 +1189,12 @@ class ChipReader:
         self.history = HealthHistory(now)
         self.has_read = threading.Event()  # the first read has returned
         self.polls_since_read = 0
-        # A limit in polls, not in time: while this process is stopped, the time goes
-        # on, and no read is due. At least two, as polls and reads are not in step.
+        # In polls, not seconds: after this process was stopped, the clock has jumped,
+        # and no read was late. At least two, as polls and reads are not in step.
         self._hanging_polls = max(2, math.ceil(READ_HANGS_S / interval))
         self._chip = chip
         self._reading = Reading()
-        # Read, and not judged yet. A limit, since polls can fail for a long time.
+        # Read, and not judged yet. Bounded, in case polls keep failing.
         self._unjudged: deque[tuple[Chip, Reading]] = deque(maxlen=100)
         self._ended = False
         # A daemon: one that hangs in a read must not keep the process from ending.
@@ -1236,7 +1243,7 @@ class Inventory:
         self.settings = settings
         self.discovery = discovery or TenstorrentDiscovery(settings)
         self.snapshot = Snapshot()
-        self.changed = asyncio.Event()  # each change sets it, and puts a new one here
+        self.changed = asyncio.Event()  # set, and replaced, at each change
         # Called after each poll, with the snapshot before and the new one.
         self.on_snapshot: list[Callable[[Snapshot, Snapshot], object]] = []
         self.readers: dict[ClassDevice, ChipReader] = {}
@@ -1266,8 +1273,8 @@ class Inventory:
     def poll(self, now: float) -> Snapshot:
         """One pass: find the chips, judge what was read of them, publish.
 
-        Returns the snapshot. It takes about 2 s at most. Raises OSError for what no
-        single chip caused, such as too few file descriptors.
+        Returns the snapshot. It takes about 2 s at most. Raises OSError if the chips
+        cannot be listed, such as for lack of file descriptors.
         """
         found = {chip.class_device: chip for chip in self.discovery.chips()}
         self._start_and_end_readers(found, now)
@@ -1366,7 +1373,7 @@ async def serve(settings: Settings) -> None:
             task.result()
     finally:
         inventory.stop()
-        # Once only: run() cancels its own tasks, and a second cancel would stop that.
+        # Once: run() needs time to cancel its own tasks.
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -1793,21 +1800,19 @@ def make_verdict(kind: str, **facts: object) -> Verdict:
     return Verdict(health, kind, reason.format(**facts))
 
 
-# Each poll judges anew, in both directions.
-
 # A chip hangs if its heartbeat stays the same for longer than this: the firmware's own
 # watchdog takes 10 s (auto_reset_timeout in tt-kmd module.c).
 HEARTBEAT_S = 12.0
-# It must also be read so often as the same: time passes while this process is stopped.
+# And it must be read as the same at least this many times: after this process was
+# stopped, the clock has jumped.
 HEARTBEAT_READS = 3
 # How long after a chip appears its telemetry may still come: the driver asks for it 120
 # times, once a second (tt-kmd wormhole.c, since 2.4.0).
 TELEMETRY_S = 130.0
 
 
-# Where a heartbeat is new, it is read again after this time, and at most so often,
-# until it has changed. Firmware beats ten times a second, so a start takes 0.1 s
-# longer.
+# A new heartbeat is read again after this time, at most LOOKS times, until it changes.
+# Firmware beats ten times a second, so a start takes 0.1 s longer.
 LOOK_AGAIN_S = 0.05
 LOOKS = 24
 
@@ -2508,7 +2513,7 @@ class Sensor(NamedTuple):
     folder: str  # class, pci or hwmon: that device's; proc: the driver's
     file: str
     largest: float  # plausible value, in the file's unit
-    divisor: float  # the file's unit is so many times smaller than the metric's
+    divisor: float  # what to divide by, to get the metric's unit
     help: str
     parse: Callable[[str], float] = whole_number
 
@@ -3197,7 +3202,7 @@ def fake_address(model: FakeModel, board: int, index: int) -> str:
 
 
 def make_fake_tree(top: Path, cards: Mapping[str, int]) -> None:
-    """Lay out so many cards of each model in `top`."""
+    """Lay out these cards, a number for each model, in `top`."""
     index = 0
     for name, count in cards.items():
         model = FAKE_CARDS[name]
