@@ -1120,13 +1120,19 @@ def make_card(
     return Card(before.id, model, before.resource, tuple(chips), verdict)
 
 
-def judge_gone(card: Card, unidentified_at: Mapping[str, JudgedChip]) -> Verdict:
-    """The verdict of an offered card none of whose chips is identified now."""
+def judge_gone(card: Card, member_at: Mapping[str, JudgedChip]) -> Verdict:
+    """The verdict of an offered card none of whose chips is there under its ID.
+
+    `member_at` has the chips that are there, by PCI address.
+    """
     for chip in card.chips:
-        there = unidentified_at.get(chip.pci)
-        if there and there.chip.index >= 0:  # it has a class device
+        there = member_at.get(chip.pci)
+        if there is None or there.chip.index < 0:  # it has no class device
+            continue
+        if there.chip.unidentified:
             why = there.verdict.reason
             return make_verdict("returning", pci=chip.pci, why=why)
+        return make_verdict("replaced", pci=chip.pci, card_id=there.chip.card_id)
     return make_verdict("gone")
 
 
@@ -1148,10 +1154,10 @@ def next_snapshot(
     """
     groups = group_by_card(judged)
     offered = {card.id: card for card in old.cards if card.resource}
-    unidentified_at = {}
-    for member in judged:
-        if member.chip.unidentified:
-            unidentified_at[member.chip.pci] = member
+    member_at = {member.chip.pci: member for member in chain(*groups.values())}
+    unidentified_at = {
+        pci: member for pci, member in member_at.items() if member.chip.unidentified
+    }
 
     cards = []
     for card_id, members in groups.items():
@@ -1159,7 +1165,7 @@ def next_snapshot(
         cards.append(make_card(members, before, unidentified_at, settings))
     for card_id, card in offered.items():
         if card_id not in groups:
-            cards.append(replace(card, verdict=judge_gone(card, unidentified_at)))
+            cards.append(replace(card, verdict=judge_gone(card, member_at)))
 
     def place(card: Card) -> tuple[bool, str, str]:
         return card.resource is None, card.resource or "", card.chips[0].pci
@@ -1717,6 +1723,11 @@ KINDS = {
         UNHEALTHY,
         "a chip is back at {pci}, but it is not known yet which card it is: {why}",
     ),
+    "replaced": Kind(
+        UNHEALTHY,
+        "at its PCI address, {pci}, is card {card_id} now: another card, or this one by "
+        "the ID that its driver gives now. Restart the plugin, which then forgets it",
+    ),
     "resetting": Kind(
         UNHEALTHY,
         "it is in a reset and does not answer yet. If this lasts for minutes, reset it "
@@ -2147,7 +2158,7 @@ def find_conflict(
     present_ids = {
         card.id
         for card in snapshot.cards
-        if card.verdict.kind not in ("gone", "returning")
+        if card.verdict.kind not in ("gone", "returning", "replaced")
     }
     for holding in others:
         for card in cards:
