@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc.aio
 import hypothesis
@@ -122,6 +122,675 @@ def summary(snapshot: tt.Snapshot) -> str:
         cards.append(f"{model} {card.id} {','.join(nodes)} {kind}")
     text = ", ".join(cards).replace(P300_ID, "P300")
     return re.sub(r"([0-9A-F])\1{15}", r"\1", text)
+
+
+# ==== Section 3. Cards: chips -> cards -> the next snapshot; who reads and polls ======
+
+
+def make_chip(
+    index: int, bus: str, card_type: str, asic_id: str = "", serial: str = ""
+) -> Chip:
+    """A chip, whose ASIC id is one digit sixteen times."""
+    return Chip(
+        pci=f"0000:{bus}:00.0",
+        index=index,
+        arch="blackhole" if card_type.startswith("p") else "wormhole",
+        card_type=card_type,
+        asic_id=asic_id * 16,
+        serial=serial,
+    )
+
+
+# The chips of the next two tests. What their letters stand for:
+CHIPS = {
+    # Two p300, the second one with another letter in its type.
+    "a": make_chip(0, "03", "p300a", "A", "000004513190F004"),
+    "b": make_chip(1, "04", "p300a", "B", "000004513190F004"),
+    "d": make_chip(2, "05", "p300c", "D", "000004613193411B"),
+    "e": make_chip(3, "06", "p300c", "E", "000004613193411B"),
+    # Two halves of different p300, whose serials end in zeros: not to be paired.
+    "f": make_chip(4, "07", "p300a", "7", "0000045100000000"),
+    "k": make_chip(11, "0b", "p300a", "8", "0000045100000000"),
+    # Cards of one chip. The last one's model is not known to its driver.
+    "n": make_chip(5, "01", "n150", "1", "0100018611902010"),
+    "m": make_chip(6, "02", "n150", "2", "010001851180B42E"),
+    "g": make_chip(7, "11", "galaxy-wormhole", "3", "0100035100000000"),
+    "h": make_chip(8, "12", "galaxy-wormhole", "4", "0100035100000000"),
+    "p": make_chip(9, "00", "p150a", "9", "0000036100000000"),
+    "u": make_chip(10, "0a", "unknown", "6", "0100099911902010"),
+    # Another board with the serial of a and b; n's twin; n by a driver without ASIC
+    # ids.
+    "c": make_chip(2, "08", "p300a", "C", "000004513190F004"),
+    "t": make_chip(6, "02", "n150", "1"),
+    "x": make_chip(5, "01", "n150"),
+}
+NOT_PAIRED = "it cannot be paired"
+# The chips of a node, with resource and ID of the one card that each is part of,
+# always.
+NODE = [
+    (CHIPS[letter], card)
+    for letter, card in (
+        ("a", "p300 P300"),
+        ("b", "p300 P300"),
+        ("d", "p300 p300-000004613193411B"),
+        ("e", "p300 p300-000004613193411B"),
+        ("f", NOT_PAIRED),
+        ("k", NOT_PAIRED),
+        ("n", "n150 wormhole-1"),
+        ("m", "n150 wormhole-2"),
+        ("g", "galaxy-wormhole wormhole-3"),
+        ("h", "galaxy-wormhole wormhole-4"),
+        ("p", "p150 blackhole-9"),
+        ("u", "wormhole wormhole-6"),
+    )
+]
+# What files say while a chip fails, is reset, or (the last) starts. The ASIC id comes
+# with the type (test_the_files_may_come_one_by_one), and a type is known if the serial
+# is.
+WRONG: list[dict[str, Any]] = [
+    {},
+    *({"asic_id": text} for text in ("F" * 16, "0" * 16, "junk")),
+    *({"card_type": "unknown", "serial": text} for text in ("F" * 16, "0" * 16)),
+    *({"serial": text} for text in ("F" * 16, "0" * 16, "junk", "")),
+    {"card_type": "", "asic_id": "", "serial": ""},
+]
+# A chip in one poll: away (None), or which of WRONG it is (mostly none), with a fault.
+SEEN_AS = st.sampled_from((0, 0, 0, 0, *range(len(WRONG))))
+FAULTS = st.sampled_from(
+    (
+        *("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs"),
+        *("unreadable", "no-heartbeat"),
+    )
+)
+STATE = st.none() | st.tuples(SEEN_AS, FAULTS)
+# A poll: whether the plugin has just been started, how far chips have moved, all
+# states.
+POLL = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NODE)))
+NOTHING_WRONG = (False, 0, [(0, "")] * len(NODE))
+
+
+@pytest.fixture(scope="module")
+def identified(tmp_path_factory: pytest.TempPathFactory) -> list[list[tt.Chip]]:
+    """What discovery makes of NODE's chips if all are wrong in one way: each way."""
+    folder = tmp_path_factory.mktemp("wrong")
+    found = []
+    with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
+        for number, wrong in enumerate(WRONG):
+            chips = [replace(chip, **wrong) for chip, _ in NODE]
+            discovery = inventory_of(Tree(folder / f"{number}", chips)).discovery
+            there = [discovery.chip_at(chip.index) for chip in chips]
+            found.append([chip for chip, _ in pool.map(discovery.read, there)])
+    return found
+
+
+class Step(NamedTuple):
+    """One poll, and what came of it."""
+
+    old: tt.Snapshot
+    judged: list[tt.JudgedChip]
+    owners: dict[str, str]  # PCI address -> the card in NODE whose chip is there
+    new: tt.Snapshot
+
+
+def judge_poll(
+    identified: list[list[tt.Chip]], shift: int, states: Sequence[Any], now: float
+) -> tuple[list[tt.JudgedChip], dict[str, str]]:
+    """What is judged in one poll, and the owners."""
+    poll = []
+    owners = {}
+    for number, state in enumerate(states):
+        if state:
+            seen_as, fault = state
+            pci = f"0000:{(number + shift) % len(NODE):02x}:00.0"
+            chip = identified[seen_as][number]
+            chip = replace(chip, pci=pci, index=number ^ shift)
+            reading = tt.Reading(1, fault, changed=True)
+            history = tt.HealthHistory(0.0)
+            history.observe(reading, now)
+            poll.append(tt.JudgedChip(chip, history.verdict(chip, reading, now)))
+            _, owners[pci] = NODE[number]
+    return poll, owners
+
+
+def take_steps(identified: list[list[tt.Chip]], polls: list[Any]) -> Iterator[Step]:
+    """The steps of these polls, and one in which nothing is wrong any more."""
+    snapshot = tt.Snapshot()
+    for now, (restarted, shift, states) in enumerate([*polls, NOTHING_WRONG]):
+        old = tt.Snapshot() if restarted else snapshot
+        poll, owners = judge_poll(identified, shift, states, now)
+        snapshot = tt.next_snapshot(old, poll, tt.Settings(), now)
+        yield Step(old, poll, owners, snapshot)
+
+
+def name_of(card: tt.Card) -> str:
+    """Its resource and ID, as in NODE."""
+    resource, card_id, *_ = summary(tt.Snapshot((card,))).split(" ")
+    return f"{resource} {card_id}"
+
+
+def whatever_chips_do(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on all sorts of polls. In between, the plugin may be restarted."""
+    no_checks = list(hypothesis.HealthCheck)
+    settings = hypothesis.settings(deadline=None, suppress_health_check=no_checks)
+    two_halves_without_a_serial = [(-2, "")] * 2
+    example = hypothesis.example(polls=[(False, 0, two_halves_without_a_serial)])
+    return settings(example(given(polls=st.lists(POLL, min_size=1, max_size=6))(test)))
+
+
+@whatever_chips_do
+def test_no_chip_is_healthy_under_two_ids(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """A Healthy card has its hardware's name and all its chips, at all times."""
+    for step in take_steps(identified, polls):
+        for card in step.new.cards:
+            if card.verdict.health == "Healthy":
+                size = 2 if card.model == "p300" else 1
+                owners = [step.owners.get(chip.pci) for chip in card.chips]
+                assert owners == [name_of(card)] * size
+
+
+@whatever_chips_do
+def test_each_chip_is_listed_once(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """No two cards have one ID, and each chip is in one."""
+    for step in take_steps(identified, polls):
+        ids = [card.id for card in step.new.cards]
+        assert len(set(ids)) == len(ids)
+        listed = {chip.pci for card in step.new.cards for chip in card.chips}
+        assert listed >= step.owners.keys()
+
+
+@whatever_chips_do
+def test_what_was_offered_stays(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """Under its ID and resource, until the plugin is restarted."""
+    for step in take_steps(identified, polls):
+        offered = {(card.id, card.resource) for card in step.old.cards if card.resource}
+        assert offered <= {(card.id, card.resource) for card in step.new.cards}
+
+
+@whatever_chips_do
+def test_the_order_of_reading_means_nothing(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """Chips are found and read in any order."""
+    for now, step in enumerate(take_steps(identified, polls)):
+        backwards = step.judged[::-1]
+        assert step.new == tt.next_snapshot(step.old, backwards, tt.Settings(), now)
+
+
+@whatever_chips_do
+def test_all_is_well_when_nothing_is_wrong_any_more(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """No card keeps anything of what was wrong."""
+    *_, last = take_steps(identified, polls)
+    well = {name_of(card) for card in last.new.cards if card.verdict.kind == "ok"}
+    assert well == {name for _, name in NODE} - {NOT_PAIRED}
+
+
+WORD = re.compile(r"(.)(?:@(.))?(?:/(..))?(\??)=?(.*)")
+
+
+def judged(word: str) -> tt.JudgedChip:
+    """A chip in one poll, by its letter in CHIPS and how it differs from there.
+
+    "@5" is its N, "/09" its bus; "?" if it is not identified; "=hung" the kind.
+    """
+    match = WORD.fullmatch(word)
+    assert match
+    letter, index, bus, unknown, kind = match.groups(default="")
+    chip = replace(CHIPS[letter], unidentified="")
+    if unknown:
+        kind = kind or "pending"
+        chip = replace(chip, arch="", card_type="", asic_id="", unidentified="pending")
+    pci = f"0000:{bus}:00.0" if bus else chip.pci
+    chip = replace(chip, pci=pci, index=int(index or chip.index))
+    return tt.JudgedChip(chip, tt.make_verdict(kind or "ok", chip=chip, detail=""))
+
+
+# Polls are separated by ";". What is expected is the summary of the last one, and what
+# the reason of its first card matches, with " since N" after it: the poll of its last
+# change.
+@rows(
+    "polls, expected, reason",
+    """
+    a p300 is one card  a b                      p300 P300 0,1 +ok  ^ since 0$
+    half a p300 is no card      a                - P300 0 ?half\
+  only 0000:03.*; the other one is missing
+    ... the other not known     a b?             - P300 0 ?half,\
+ - 0000:04:00.0 1 ?pending  ; the other one may be 0000:04.*, which is not id
+    it loses a half             a b; a           p300 P300 0,1 -half\
+  only 0000:03.*; the other one, 0000:04.*, is missing
+    ... then the other          a b; a; b        p300 P300 0,1 -half\
+  only 0000:04.*; the other one, 0000:03.*, is missing
+    ... one is back, not known  a b; a; a b@5?   p300 P300 0,1 -half,\
+ - 0000:04:00.0 5 ?pending  ; the other one, 0000:04.*, is back, .*: its telemetry
+    ... none is known           a b; a? b?       p300 P300 0,1 -returning,\
+ - 0000:03:00.0 0 ?pending, - 0000:04:00.0 1 ?pending  at 0000:03.*: its telemetry
+    ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
+    one half in trouble         a=gone b=unreadable  p300 P300 0,1 -gone\
+  ^chip 0000:03.*: it is
+    a note about one half       a b=unreadable   p300 P300 0,1 +unreadable\
+  ^chip 0000:04.*: its
+    two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
+  ID: 0000:03.*04.*08
+    equal ASIC ids              n t              - wormhole-1 5,6 ?same-id\
+  ID: 0000:01:00.0, 0
+    a card is gone              n;               n150 wormhole-1 5 -gone\
+  ^it is gone.*restart
+    ... and back                n; ; n@7         n150 wormhole-1 7 +ok
+    ... was not offered         n?;              nothing
+    ... in another slot         n; n/09 m/01     n150 wormhole-2 6 +ok,\
+ n150 wormhole-1 5 +ok
+    late telemetry              n?; n            n150 wormhole-1 5 +ok
+    it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry.*since 1$
+    ... as the bus is dead      n; n?=bus-dead   n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 5 -bus-dead  back at 0000:01:00.0, .*: its PCIe bus answers
+    by PCI address, in a reset  x; x@3?          n150 0000:01:00.0 3 -pending
+    ... and its ASIC id comes   x; n             n150 wormhole-1 5 +ok,\
+ n150 0000:01:00.0 5 -gone
+    a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
+    seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
+    ... the higher N is gone    n n@7=gone       n150 wormhole-1 5 +ok
+    ... both are gone           n=gone n@7=gone  n150 wormhole-1 7 -gone
+    by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
+ n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
+    since it was first there    n; n=unreadable  n150 wormhole-1 5 +unreadable\
+  ^its .* since 0$
+    ... is gone, then reset     n; n; ; n=resetting     n150 wormhole-1 5 -resetting\
+  since 2$
+    ... is back                 n; ; n=resetting; n; n  n150 wormhole-1 5 +ok  since 3$
+    """,
+)
+def test_what_becomes_of_a_card(polls: str, expected: str, reason: str) -> None:
+    """From poll to poll it is one card with one ID.
+
+    The reason names the chips. The time is that at which its health has changed, and
+    not that of a change of the reason.
+    """
+    snapshot = tt.Snapshot()
+    for now, poll in enumerate(polls.split(";")):
+        seen = [judged(word) for word in poll.split()]
+        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), now)
+    assert summary(snapshot) == expected.replace("nothing", "")
+    if reason:
+        card = snapshot.cards[0]
+        assert re.search(reason, f"{card.verdict.reason} since {card.since:.0f}")
+
+
+def test_an_offered_card_keeps_its_resource() -> None:
+    """Also if its model becomes known, which a restart of the plugin takes up.
+
+    The kubelet records by resource and ID who holds a card.
+    """
+    unknown = replace(CHIPS["u"], unidentified="")
+    known = replace(unknown, card_type="n150")
+
+    def poll(old: tt.Snapshot, chip: tt.Chip) -> tt.Snapshot:
+        seen = [tt.JudgedChip(chip, tt.make_verdict("ok"))]
+        return tt.next_snapshot(old, seen, tt.Settings(), 0.0)
+
+    (card,) = poll(poll(tt.Snapshot(), unknown), known).cards
+    assert card.resource == "tenstorrent.com/wormhole"
+    assert card.model == "n150"
+    (card,) = poll(tt.Snapshot(), known).cards
+    assert card.resource == R150
+
+
+class Acme:
+    """Another vendor's discovery, as README's "For another vendor's card" asks for."""
+
+    def __init__(self, folder: Path, poll_seconds: float = 0.02) -> None:
+        self.dev_folder = str(folder)
+        self.there: list[int] = []  # N of each chip
+        self.reads = Counter[int]()  # by N: how many have begun
+        # N -> how many of its reads return; later ones hang until they are released.
+        self.reads_that_return: dict[int, int] = {}
+        self.released = threading.Event()
+        self.readings: list[tt.Reading] = []  # what the next reads say
+        self.find: Callable[[], object] = bool  # called at each poll
+        self.look: Callable[[tt.Chip], object] = bool  # called at each read
+        settings = tt.Settings(resource_domain="x.org", poll_seconds=poll_seconds)
+        self.inventory = tt.Inventory(settings, self)
+
+    def driver_version(self) -> str:
+        """There is none."""
+        return ""
+
+    def chips(self) -> list[tt.Chip]:
+        """The chips that are there."""
+        self.find()
+        return [chip for chip in map(self.chip_at, self.there) if chip]
+
+    def chip_at(self, index: int) -> tt.Chip | None:
+        """The chip that has this N now."""
+        chip = tt.Chip(f"0000:{index:02x}:00.0", index, 100 + index)
+        return chip if index in self.there else None
+
+    def unclaimed(self, known: set[str]) -> list[tt.JudgedChip]:
+        """There is none."""
+        return []
+
+    def read(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
+        """What a chip is, and how it is."""
+        self.reads[chip.index] += 1
+        self.look(chip)
+        if self.reads[chip.index] > self.reads_that_return.get(chip.index, 10**9):
+            assert self.released.wait(60)
+        known = replace(
+            chip,
+            dev="1:3",
+            arch="acme",
+            card_type="x1",
+            asic_id=f"{chip.index}",
+            unidentified="",
+        )
+        return known, self.readings.pop(0) if self.readings else tt.Reading()
+
+    def poll(self) -> dict[str, int]:
+        """Poll once: how many cards have which kind of verdict."""
+        snapshot = self.inventory.poll(0.0)
+        return Counter(card.verdict.kind for card in snapshot.cards)
+
+    def poll_after_reads(self) -> dict[str, int]:
+        """Poll when each chip has been read by the present `look`."""
+        before = self.reads.copy()
+        # The next read may have begun already, but not the one that follows it.
+        wait_until(lambda: all(self.reads[n] >= before[n] + 2 for n in self.there))
+        return self.poll()
+
+    def close(self) -> None:
+        """For the end of the test: no thread goes on."""
+        self.released.set()
+        self.inventory.stop()
+        for thread in threading.enumerate():
+            if thread.name == "poll":
+                thread.join(10)
+        self.find = bool
+        self.there = []
+        self.inventory.poll(0.0)
+
+
+@pytest.fixture
+def acme(workdir: Path) -> Iterator[Acme]:
+    """One that polls and reads fifty times a second."""
+    with contextlib.closing(Acme(workdir)) as made:
+        yield made
+
+
+def test_for_another_vendors_card(workdir: Path, acme: Acme) -> None:
+    """With another discovery all else is as it is: the list, and what a Pod gets."""
+    acme.there = [1, 2, 3]
+    for index in acme.there:
+        (workdir / str(index)).symlink_to("/dev/null")
+    acme.poll()
+    shared = tt.Shared(acme.inventory, choose=tt.preferred_allocation)
+    plugin = tt.DevicePlugin(shared, "x.org/x1")
+
+    async def allocate(*ids: str) -> api.ContainerAllocateResponse:
+        one = api.ContainerAllocateRequest(devices_ids=ids)
+        request = api.AllocateRequest(container_requests=[one])
+        (answer,) = (await plugin.Allocate(request, None)).container_responses
+        return answer
+
+    answer = asyncio.run(allocate("acme-3", "acme-1"))
+    paths = [device.host_path for device in answer.devices]
+    assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
+    assert answer.envs == {"PCIDEVICE_X_ORG_X1": "0000:01:00.0,0000:03:00.0"}
+
+    acme.there = [1, 2]
+    acme.poll()
+    expected = "x1 acme-1 1 +ok, x1 acme-2 2 +ok, x1 acme-3 3 -gone"
+    assert summary(acme.inventory.snapshot) == expected
+
+
+# ---- The threads that read and poll ----
+
+
+def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
+    """Thirty of them, together for 2 s. They cost nobody else anything."""
+    acme.there = [*range(32)]
+    acme.reads_that_return = dict.fromkeys(range(2, 32), 0)
+    for promised in (2.5, 0.1):
+        began = time.monotonic()
+        assert acme.poll() == {"ok": 2, "read-hangs": 30}
+        bound(f"a poll within {promised} s", time.monotonic() - began, promised)
+    offered = [card.id for card in acme.inventory.snapshot.cards if card.resource]
+    assert offered == ["acme-0", "acme-1"]
+
+    acme.released.set()
+    assert acme.poll_after_reads() == {"ok": 32}
+
+
+@rows(
+    "poll_seconds, polls",
+    """
+    each second       1    5
+    ten times in one  0.1  50
+    each minute       60   2
+    """,
+)
+def test_a_read_hangs_if_it_takes_five_seconds(
+    workdir: Path, poll_seconds: str, polls: str
+) -> None:
+    """One that takes less is no verdict.
+
+    Polls are counted, at least two, and not the time: while a process is stopped, no
+    poll is missed.
+    """
+    with contextlib.closing(Acme(workdir, float(poll_seconds))) as acme:
+        acme.there = [1]
+        acme.reads_that_return = {1: 1}
+        assert acme.poll() == {"ok": 1}
+        for _ in range(int(polls) - 1):
+            assert acme.poll() == {"ok": 1}
+        assert acme.poll() == {"read-hangs": 1}
+
+
+def test_a_chip_is_read_once_per_poll_interval(acme: Acme) -> None:
+    """Its thread reads at its own pace, and pauses in between."""
+    times: list[float] = []
+
+    def note(chip: tt.Chip) -> None:
+        times.append(time.monotonic())
+
+    acme.look = note
+    acme.there = [1]
+    acme.poll()
+    acme.poll_after_reads()
+    acme.poll_after_reads()
+    assert all(later - earlier >= 0.02 for earlier, later in itertools.pairwise(times))
+
+
+def test_no_reading_between_two_polls_is_lost(acme: Acme) -> None:
+    """A reset can begin and end there: its chip has to prove itself again."""
+    beats = [tt.Reading(1), tt.Reading(2)]
+    acme.readings = [*beats, tt.Reading(fault="resetting")]
+    acme.there = [1]
+    assert acme.poll() == {"ok": 1}
+    assert acme.poll_after_reads() == {"resetting": 1}
+
+
+def test_a_removal_beside_hanging_chips_is_known_within_a_poll(
+    workdir: Path, bound: Bound
+) -> None:
+    """Six chips hang, and a seventh one is removed: streams are woken for it."""
+
+    async def remove_one(acme: Acme) -> float:
+        def six_hang() -> bool:
+            return all(acme.reads[n] == 2 for n in range(6))
+
+        acme.inventory.start(asyncio.get_running_loop())
+        await asyncio.to_thread(wait_until, six_hang)
+        removed = time.monotonic()
+        acme.there = [*range(6)]
+        last = None
+        while not last or last.verdict.kind != "gone":
+            await asyncio.wait_for(acme.inventory.changed.wait(), 10)
+            *_, last = acme.inventory.snapshot.cards
+        acme.inventory.stop()
+        return time.monotonic() - removed
+
+    with contextlib.closing(Acme(workdir, poll_seconds=1.0)) as acme:
+        acme.there = [*range(7)]
+        acme.reads_that_return = dict.fromkeys(range(6), 1)
+        seconds = asyncio.run(remove_one(acme))
+    bound("removed beside six hanging chips: in the snapshot", seconds, 1.1)
+
+
+def test_a_defect_costs_its_chip_only(
+    acme: Acme, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its traceback is logged once, and the card is Healthy: nobody knows better."""
+    acme.there = [1, 2]
+    acme.poll()
+    acme.look = lambda chip: 1 // (chip.index - 1)
+    for _ in range(2):
+        assert acme.poll_after_reads() == {"ok": 1, "unreadable": 1}
+    (record,) = caplog.records
+    assert record.getMessage() == "chip 0000:01:00.0 cannot be read"
+    assert "\nTraceback" in caplog.text
+    card, _ = acme.inventory.snapshot.cards
+    assert "ZeroDivisionError" in card.verdict.reason
+    acme.look = bool
+    assert acme.poll_after_reads() == {"ok": 2}
+
+
+def test_a_reader_ends_when_its_chip_is_gone(acme: Acme) -> None:
+    """No thread of a chip outlives it."""
+    before = set(threading.enumerate())
+    acme.there = [*range(3)]
+    assert acme.poll() == {"ok": 3}
+    readers = set(threading.enumerate()) - before
+    assert len(readers) == 3
+    acme.there = []
+    assert acme.poll() == {"gone": 3}
+    for thread in readers:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+NO_FILES = OSError(errno.EMFILE, "")
+DEFECT = ValueError(1)
+
+
+class PolledThread:
+    """A polling thread whose discovery finds what it is told, and its callbacks."""
+
+    def __init__(self, acme: Acme, found: list[Any]) -> None:
+        self.acme = acme
+        self.acme.find = self.find
+        self.found = found
+        self.told: list[str] = []  # what the second callback was told
+        self.woken = threading.Semaphore(0)  # how often a stream was woken
+        self.last = threading.Event()  # the last poll is under way
+        self.stopped = threading.Event()  # and may end
+        self.seconds = 0.0  # how long all polls before that took
+        self.acme.inventory.on_snapshot = [self.fail, self.tell]
+
+    def find(self) -> None:
+        """Called at each poll."""
+        now = self.found.pop(0)
+        if isinstance(now, Exception):
+            raise now
+        self.acme.there = now
+        if not self.found:
+            self.last.set()
+            assert self.stopped.wait(20)
+
+    def fail(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
+        """The first callback: it fails at each change, and says if a stream woke."""
+        if old != new:
+            raise ValueError(f"woken: {self.woken.acquire(timeout=10)}")
+
+    def tell(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
+        """The second callback."""
+        self.told.append(summary(new))
+
+    def run(self) -> None:
+        """Poll, with a stream that waits for news, until the last poll is under way.
+
+        It is then told to stop, and does when that poll may end.
+        """
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+
+        async def stream() -> None:
+            while await self.acme.inventory.changed.wait():
+                self.woken.release()
+
+        task = asyncio.create_task(stream())
+        await asyncio.sleep(0)  # it waits now
+        began = time.monotonic()
+        self.acme.inventory.start(asyncio.get_running_loop())
+        assert await asyncio.to_thread(self.last.wait, 20)
+        self.seconds = time.monotonic() - began
+        self.acme.inventory.stop()
+        task.cancel()
+
+
+@pytest.fixture
+def polled(acme: Acme, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
+    """A polling thread that will find this, one after another."""
+    caplog.set_level(logging.INFO)
+    thread = PolledThread(
+        acme,
+        [[], [1], [1], NO_FILES, NO_FILES, [1], DEFECT, DEFECT, [1, 2], [1]],
+    )
+    yield thread
+    thread.stopped.set()
+
+
+def test_polls_pause_in_between(polled: PolledThread) -> None:
+    """For --poll-seconds, also after a poll that failed."""
+    polled.run()
+    assert polled.seconds >= 9 * 0.02
+
+
+def test_streams_are_woken_by_news_only(
+    polled: PolledThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And before any callback runs."""
+    polled.run()
+    assert caplog.text.count("ValueError: woken: True") == 3
+    assert not polled.woken.acquire(blocking=False)
+
+
+def test_a_callback_that_fails_hurts_nobody(polled: PolledThread) -> None:
+    """The other callbacks run. A poll under way at the end is nothing."""
+    polled.run()
+    one = "x1 acme-1 1 +ok"
+    two = "x1 acme-1 1 +ok, x1 acme-2 2 +ok"
+    (thread,) = [each for each in threading.enumerate() if each.name == "poll"]
+    polled.stopped.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert polled.told == ["", one, one, one, two]
+    assert summary(polled.acme.inventory.snapshot) == two
+
+
+def test_a_poll_that_fails_leaves_the_last_list(
+    polled: PolledThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is said once, and so is its end."""
+    polled.run()
+    levels = [record.levelname for record in caplog.records]
+    assert levels == [
+        *["ERROR", "ERROR"],  # of the callback that fails, at the first two changes
+        *["WARNING", "INFO"],  # it cannot look; it can again
+        *["ERROR", "WARNING"],  # the traceback of a defect; it cannot look
+        *["ERROR", "INFO"],  # of the callback; it can again
+    ]
+    problems = re.findall(
+        "cannot look for cards, the last list stands: (.*)", caplog.text
+    )
+    assert problems == ["OSError: [Errno 24] ", "ValueError: 1"]
 
 
 # ==== Section 3. Discovery: what sysfs says of chips ==================================
@@ -459,483 +1128,6 @@ def test_health_of_each_kind(health: str, kinds: str) -> None:
     for kind in kinds.split():
         verdict = tt.make_verdict(kind, **facts) if kind != "ok" else tt.Verdict()
         assert verdict.health == health, kind
-
-
-# ==== Section 5. Cards: no chip under two IDs; what becomes of a card =================
-
-
-def make_chip(
-    index: int, bus: str, card_type: str, asic_id: str = "", serial: str = ""
-) -> Chip:
-    """A chip, whose ASIC id is one digit sixteen times."""
-    return Chip(
-        pci=f"0000:{bus}:00.0",
-        index=index,
-        arch="blackhole" if card_type.startswith("p") else "wormhole",
-        card_type=card_type,
-        asic_id=asic_id * 16,
-        serial=serial,
-    )
-
-
-# The chips of the next two tests. What their letters stand for:
-CHIPS = {
-    # Two p300, the second one with another letter in its type.
-    "a": make_chip(0, "03", "p300a", "A", "000004513190F004"),
-    "b": make_chip(1, "04", "p300a", "B", "000004513190F004"),
-    "d": make_chip(2, "05", "p300c", "D", "000004613193411B"),
-    "e": make_chip(3, "06", "p300c", "E", "000004613193411B"),
-    # Two halves of different p300, whose serials end in zeros: not to be paired.
-    "f": make_chip(4, "07", "p300a", "7", "0000045100000000"),
-    "k": make_chip(11, "0b", "p300a", "8", "0000045100000000"),
-    # Cards of one chip. The last one's model is not known to its driver.
-    "n": make_chip(5, "01", "n150", "1", "0100018611902010"),
-    "m": make_chip(6, "02", "n150", "2", "010001851180B42E"),
-    "g": make_chip(7, "11", "galaxy-wormhole", "3", "0100035100000000"),
-    "h": make_chip(8, "12", "galaxy-wormhole", "4", "0100035100000000"),
-    "p": make_chip(9, "00", "p150a", "9", "0000036100000000"),
-    "u": make_chip(10, "0a", "unknown", "6", "0100099911902010"),
-    # Another board with the serial of a and b; n's twin; n by a driver without ASIC
-    # ids.
-    "c": make_chip(2, "08", "p300a", "C", "000004513190F004"),
-    "t": make_chip(6, "02", "n150", "1"),
-    "x": make_chip(5, "01", "n150"),
-}
-NOT_PAIRED = "it cannot be paired"
-# The chips of a node, with resource and ID of the one card that each is part of,
-# always.
-NODE = [
-    (CHIPS[letter], card)
-    for letter, card in (
-        ("a", "p300 P300"),
-        ("b", "p300 P300"),
-        ("d", "p300 p300-000004613193411B"),
-        ("e", "p300 p300-000004613193411B"),
-        ("f", NOT_PAIRED),
-        ("k", NOT_PAIRED),
-        ("n", "n150 wormhole-1"),
-        ("m", "n150 wormhole-2"),
-        ("g", "galaxy-wormhole wormhole-3"),
-        ("h", "galaxy-wormhole wormhole-4"),
-        ("p", "p150 blackhole-9"),
-        ("u", "wormhole wormhole-6"),
-    )
-]
-# What files say while a chip fails, is reset, or (the last) starts. The ASIC id comes
-# with the type (test_a_late_asic_id_is_waited_for), and a type is known if the serial
-# is.
-WRONG: list[dict[str, Any]] = [
-    {},
-    *({"asic_id": text} for text in ("F" * 16, "0" * 16, "junk")),
-    *({"card_type": "unknown", "serial": text} for text in ("F" * 16, "0" * 16)),
-    *({"serial": text} for text in ("F" * 16, "0" * 16, "junk", "")),
-    {"card_type": "", "asic_id": "", "serial": ""},
-]
-# A chip in one poll: away (None), or which of WRONG it is (mostly none), with a fault.
-SEEN_AS = st.sampled_from((0, 0, 0, 0, *range(len(WRONG))))
-FAULTS = st.sampled_from(
-    ("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs", "unreadable")
-)
-STATE = st.none() | st.tuples(SEEN_AS, FAULTS)
-# A poll: whether the plugin has just been started, how far chips have moved, all
-# states.
-POLL = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NODE)))
-NOTHING_WRONG = (False, 0, [(0, "")] * len(NODE))
-
-
-@pytest.fixture
-def identified(workdir: Path) -> list[list[tt.Chip]]:
-    """What discovery makes of NODE's chips if all are wrong in one way: each way."""
-    chips = [tt.Chip(chip.pci, chip.index) for chip, _ in NODE]
-    found = []
-    with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
-        for number, wrong in enumerate(WRONG):
-            tree = Tree(
-                workdir / f"{number}", [replace(chip, **wrong) for chip, _ in NODE]
-            )
-            found.append(list(pool.map(inventory_of(tree).discovery.identify, chips)))
-    return found
-
-
-def judge_poll(
-    identified: list[list[tt.Chip]], shift: int, states: Sequence[Any], now: float
-) -> tuple[list[tt.Judged], dict[str, str]]:
-    """What is judged in one poll, and whose chip is at which PCI address."""
-    poll = []
-    owners = {}
-    for number, state in enumerate(states):
-        if state:
-            seen_as, fault = state
-            pci = f"0000:{(number + shift) % len(NODE):02x}:00.0"
-            chip = identified[seen_as][number]
-            chip = replace(chip, pci=pci, index=number ^ shift)
-            verdict = tt.HealthHistory(0.0).update(chip, tt.Reading(1, fault), now)
-            poll.append((chip, verdict))
-            _, owners[pci] = NODE[number]
-    return poll, owners
-
-
-@hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-@given(
-    polls=st.lists(POLL, min_size=1, max_size=6),
-    order=st.randoms(use_true_random=False),
-)
-@hypothesis.example(  # halves without a serial
-    polls=[(False, 0, [(-2, "")] * 2)], order=random.Random(0)
-)
-def test_no_chip_is_healthy_under_two_ids(
-    identified: list[list[tt.Chip]], polls: list[Any], order: random.Random
-) -> None:
-    """Whatever chips do, and if the plugin forgets all.
-
-    A Healthy card has its hardware's name and all its chips. What was offered stays, no
-    chip is left out, and the order of reading means nothing.
-    """
-    snapshot = tt.Snapshot()
-    for now, (restarted, shift, states) in enumerate([*polls, NOTHING_WRONG]):
-        old = tt.Snapshot() if restarted else snapshot
-        poll, owners = judge_poll(identified, shift, states, now)
-        snapshot = tt.next_snapshot(old, poll, tt.Settings(), now)
-        shuffled = order.sample(poll, len(poll))
-        assert snapshot == tt.next_snapshot(old, shuffled, tt.Settings(), now)
-        names = [" ".join(card.split()[:2]) for card in summary(snapshot).split(", ")]
-        for card, name in zip(snapshot.cards, names, strict=False):
-            if card.verdict.health == "Healthy":
-                size = 2 if card.model == "p300" else 1
-                assert [owners.get(chip.pci) for chip in card.chips] == [name] * size
-        ids = {card.id for card in snapshot.cards}
-        assert len(ids) == len(snapshot.cards)
-        assert ids >= {card.id for card in old.cards if card.resource}
-        listed = {chip.pci for card in snapshot.cards for chip in card.chips}
-        assert listed >= owners.keys()
-    well = {
-        name
-        for card, name in zip(snapshot.cards, names, strict=True)
-        if card.verdict.kind == "ok"
-    }
-    assert well == {name for _, name in NODE} - {NOT_PAIRED}
-
-
-WORD = re.compile(r"(.)(?:@(.))?(?:/(..))?(\??)=?(.*)")
-
-
-def judged(word: str) -> tt.Judged:
-    """A chip in one poll, by its letter in CHIPS and how it differs from there.
-
-    "@5" is its N, "/09" its bus; "?" if it is not identified; "=hung" the kind.
-    """
-    match = WORD.fullmatch(word)
-    assert match
-    letter, index, bus, unknown, kind = match.groups(default="")
-    chip = CHIPS[letter]
-    if unknown:
-        chip = replace(chip, arch="", card_type="", asic_id="")
-        kind = kind or "pending"
-    pci = f"0000:{bus}:00.0" if bus else chip.pci
-    chip = replace(chip, pci=pci, index=int(index or chip.index), unknown=unknown)
-    return chip, tt.make_verdict(kind, chip=chip, detail="") if kind else tt.Verdict()
-
-
-# Polls are separated by ";". What is expected is the summary of the last one, and what
-# the reason of its first card matches, with " since N" after it: the poll of its last
-# change.
-@rows(
-    "polls, expected, reason",
-    """
-    a p300 is one card  a b                      p300 P300 0,1 +ok  ^ since 0$
-    half a p300 is no card      a                - P300 0 ?half\
-  only 0000:03.*: the other one
-    it loses a half             a b; a           p300 P300 0,1 -half\
-  only 0000:03.*: 0000:04
-    ... then the other          a b; a; b        p300 P300 0,1 -half\
-  only 0000:04.*: 0000:03
-    ... one is back, not known  a b; a; a b@5?   p300 P300 0,1 -half,\
- - 0000:04:00.0 5 ?pending
-    ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
-    one half in trouble         a=gone b=unreadable  p300 P300 0,1 -gone\
-  ^chip 0000:03.*: it is
-    a note about one half       a b=unreadable   p300 P300 0,1 +unreadable\
-  ^chip 0000:04.*: its
-    two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
-  ID: 0000:03.*04.*08
-    equal ASIC ids              n t              - wormhole-1 5,6 ?same-id\
-  ID: 0000:01:00.0, 0
-    a card is gone              n;               n150 wormhole-1 5 -gone\
-  ^it is gone.*restart
-    ... and back                n; ; n@7         n150 wormhole-1 7 +ok
-    ... was not offered         n?;              nothing
-    ... in another slot         n; n/09 m/01     n150 wormhole-2 6 +ok,\
- n150 wormhole-1 5 +ok
-    late telemetry              n?; n            n150 wormhole-1 5 +ok
-    not to be identified now    n; n?            n150 wormhole-1 5 -gone,\
- - 0000:01:00.0 5 ?pending
-    by PCI address, in a reset  x; x@3?          n150 0000:01:00.0 3 -pending
-    a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
-    seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
-    by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
- n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
-    since it was first there    n; n=unreadable  n150 wormhole-1 5 +unreadable\
-  ^its .* since 0$
-    ... is gone, then reset     n; n; ; n=resetting     n150 wormhole-1 5 -resetting\
-  since 2$
-    ... is back                 n; ; n=resetting; n; n  n150 wormhole-1 5 +ok  since 3$
-    """,
-)
-def test_what_becomes_of_a_card(polls: str, expected: str, reason: str) -> None:
-    """From poll to poll it is one card with one ID.
-
-    The reason names the chips. The time is that at which its health has changed, and
-    not that of a change of the reason.
-    """
-    snapshot = tt.Snapshot()
-    for now, poll in enumerate(polls.split(";")):
-        seen = [judged(word) for word in poll.split()]
-        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), now)
-    assert summary(snapshot) == expected.replace("nothing", "")
-    if reason:
-        card = snapshot.cards[0]
-        assert re.search(reason, f"{card.verdict.reason} since {card.since:.0f}")
-
-
-class Acme:
-    """Another vendor's discovery, as README's "For another vendor's card" asks for."""
-
-    driver_version = str  # there is none
-    pci_functions: Any = staticmethod(lambda known: [])  # nor a chip without it
-
-    def __init__(self, folder: Path, *there: int) -> None:
-        self.dev_folder = str(folder)
-        self.there = list(there)
-        self.find: Callable[[], object] = bool  # called at each poll
-        self.look: Callable[[tt.Chip], object] = bool  # called at each read
-        made: Any = self
-        settings = tt.Settings(resource_domain="x.org", poll_seconds=0.02)
-        self.inventory = tt.Inventory(settings, made)
-
-    def chips(self) -> list[tt.Chip]:
-        """The chips that are there."""
-        self.find()
-        return [chip for chip in map(self.chip_at, self.there) if chip]
-
-    def chip_at(self, index: int) -> tt.Chip | None:
-        """The chip that has this N now."""
-        chip = tt.Chip(f"0000:{index:02x}:00.0", index, 100 + index)
-        return chip if index in self.there else None
-
-    def read(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
-        """What a chip is, and how it is."""
-        self.look(chip)
-        known = replace(chip, arch="acme", card_type="x1", asic_id=f"{chip.index}")
-        return replace(known, dev="1:3", unknown=""), tt.Reading()
-
-
-def test_for_another_vendors_card(workdir: Path) -> None:
-    """With another discovery all else is as it is: the list, and what a Pod gets."""
-    acme = Acme(workdir, 1, 2, 3)
-    for index in acme.there:
-        (workdir / str(index)).symlink_to("/dev/null")
-    acme.inventory.poll(0.0)
-    shared = tt.Shared(acme.inventory, tt.preferred_allocation, lambda cards: [])
-    plugin = tt.DevicePlugin(shared, "x.org/x1")
-    one = api.ContainerAllocateRequest(devices_ids=["acme-3", "acme-1"])
-    request = api.AllocateRequest(container_requests=[one])
-    (answer,) = asyncio.run(plugin.Allocate(request, None)).container_responses
-    paths = [device.host_path for device in answer.devices]
-    assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
-    assert answer.envs == {"PCIDEVICE_X_ORG_X1": "0000:01:00.0,0000:03:00.0"}
-
-    acme.there.remove(3)
-    snapshot = acme.inventory.poll(1.0)
-    expected = "x1 acme-1 1 +ok, x1 acme-2 2 +ok, x1 acme-3 3 -gone"
-    assert summary(snapshot) == expected
-
-
-# ---- The threads that read and poll ----
-
-
-def poll_kinds(acme: Acme, look: Callable[[tt.Chip], object]) -> dict[str, int]:
-    """Poll once, with this at each read: how many cards have which kind of verdict."""
-    acme.look = look
-    snapshot = acme.inventory.poll(0.0)
-    return Counter(card.verdict.kind for card in snapshot.cards)
-
-
-def test_hanging_chips_cost_their_own_cards_only(workdir: Path, bound: Bound) -> None:
-    """30 of 32 chips hang, one before it was identified.
-
-    One poll takes 2 s. Later ones do not wait until those reads return.
-    """
-    acme = Acme(workdir, *range(31))
-    released = threading.Event()
-
-    def hang(chip: tt.Chip) -> object:
-        return chip.index < 2 or released.wait(60)
-
-    def poll(look: Callable[[tt.Chip], object], promised: float) -> dict[str, int]:
-        began = time.monotonic()
-        kinds = poll_kinds(acme, look)
-        bound(f"a poll within {promised} s", time.monotonic() - began, promised)
-        return kinds
-
-    assert poll(bool, 3.0) == {"ok": 31}
-    acme.there.append(31)
-    # A second passes between two polls: so the news are there within 4 s.
-    assert poll(hang, 3.0) == {"ok": 2, "read-hangs": 30}
-    assert acme.inventory.snapshot.cards[-1].resource is None
-    acme.there.remove(0)
-    assert poll(hang, 0.1) == {"ok": 1, "read-hangs": 30, "gone": 1}
-    released.set()
-    assert all(reader.idle.wait(10) for reader in acme.inventory.readers.values())
-    assert poll(bool, 3.0) == {"ok": 31, "gone": 1}
-
-
-def test_a_defect_costs_its_chip_only(
-    workdir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its traceback is logged once, and the card is Healthy: nobody knows better."""
-    acme = Acme(workdir, 1, 2)
-    poll_kinds(acme, bool)
-    for _ in range(2):
-        kinds = poll_kinds(acme, lambda chip: 1 // (chip.index - 1))
-        assert kinds == {"ok": 1, "unreadable": 1}
-    (record,) = caplog.records
-    assert record.getMessage() == "chip 0000:01:00.0 cannot be read"
-    assert "\nTraceback" in caplog.text
-    card, _ = acme.inventory.snapshot.cards
-    assert "ZeroDivisionError" in card.verdict.reason
-    assert poll_kinds(acme, bool) == {"ok": 2}
-
-
-def test_a_reader_ends_when_its_chip_is_gone(workdir: Path) -> None:
-    """No thread of a chip outlives it."""
-    acme = Acme(workdir, *range(3))
-    before = set(threading.enumerate())
-    assert poll_kinds(acme, bool) == {"ok": 3}
-    readers = set(threading.enumerate()) - before
-    assert len(readers) == 3
-    acme.there = []
-    assert poll_kinds(acme, bool) == {"gone": 3}
-    for thread in readers:
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-NO_FILES = OSError(errno.EMFILE, "")
-DEFECT = ValueError(1)
-
-
-class PolledThread:
-    """A polling thread whose discovery finds what it is told, and its callbacks."""
-
-    def __init__(self, folder: Path, found: list[Any]) -> None:
-        self.acme = Acme(folder)
-        self.acme.find = self.find
-        self.found = found
-        self.told: list[str] = []  # what the second callback was told
-        self.woken = threading.Semaphore(0)  # how often a stream was woken
-        self.last = threading.Event()  # the last poll is under way
-        self.stopped = threading.Event()  # and may end
-        self.seconds = 0.0  # how long all polls before that took
-        self.acme.inventory.on_snapshot = [self.fail, self.tell]
-
-    def find(self) -> None:
-        """Called at each poll."""
-        now = self.found.pop(0)
-        if isinstance(now, Exception):
-            raise now
-        self.acme.there = now
-        if not self.found:
-            self.last.set()
-            assert self.stopped.wait(20)
-
-    def fail(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
-        """The first callback: it fails at each change, and says if a stream woke."""
-        if old != new:
-            raise ValueError(f"woken: {self.woken.acquire(timeout=10)}")
-
-    def tell(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
-        """The second callback."""
-        self.told.append(summary(new))
-
-    def run(self) -> None:
-        """Poll, with a stream that waits for news, until the last poll is under way.
-
-        It is then told to stop, and does when that poll may end.
-        """
-        asyncio.run(self._run())
-
-    async def _run(self) -> None:
-
-        async def stream() -> None:
-            while await self.acme.inventory.changed.wait():
-                self.woken.release()
-
-        task = asyncio.create_task(stream())
-        await asyncio.sleep(0)  # it waits now
-        began = time.monotonic()
-        self.acme.inventory.start(asyncio.get_running_loop())
-        assert await asyncio.to_thread(self.last.wait, 20)
-        self.seconds = time.monotonic() - began
-        self.acme.inventory.stop()
-        task.cancel()
-
-
-@pytest.fixture
-def polled(workdir: Path, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
-    """A polling thread that will find this, one after another."""
-    caplog.set_level(logging.INFO)
-    thread = PolledThread(
-        workdir,
-        [[], [1], [1], NO_FILES, NO_FILES, [1], DEFECT, DEFECT, [1, 2], [1]],
-    )
-    yield thread
-    thread.stopped.set()
-
-
-def test_polls_pause_in_between(polled: PolledThread) -> None:
-    """For --poll-seconds, also after a poll that failed."""
-    polled.run()
-    assert polled.seconds >= 9 * 0.02
-
-
-def test_streams_are_woken_by_news_only(
-    polled: PolledThread, caplog: pytest.LogCaptureFixture
-) -> None:
-    """And before any callback runs."""
-    polled.run()
-    assert caplog.text.count("ValueError: woken: True") == 3
-    assert not polled.woken.acquire(blocking=False)
-
-
-def test_a_callback_that_fails_hurts_nobody(polled: PolledThread) -> None:
-    """The other callbacks run. A poll under way at the end is nothing."""
-    polled.run()
-    one = "x1 acme-1 1 +ok"
-    two = "x1 acme-1 1 +ok, x1 acme-2 2 +ok"
-    (thread,) = [each for each in threading.enumerate() if each.name == "poll"]
-    polled.stopped.set()
-    thread.join(10)
-    assert not thread.is_alive()
-    assert polled.told == ["", one, one, one, two]
-    assert summary(polled.acme.inventory.snapshot) == two
-
-
-def test_a_poll_that_fails_leaves_the_last_list(
-    polled: PolledThread, caplog: pytest.LogCaptureFixture
-) -> None:
-    """And is said once, and so is its end."""
-    polled.run()
-    levels = [record.levelname for record in caplog.records]
-    assert levels == [
-        *["ERROR", "ERROR"],  # of the callback that fails, at the first two changes
-        *["WARNING", "INFO"],  # it cannot look; it can again
-        *["ERROR", "WARNING"],  # the traceback of a defect; it cannot look
-        *["ERROR", "INFO"],  # of the callback; it can again
-    ]
-    problems = re.findall(
-        "cannot look for cards, the last list stands: (.*)", caplog.text
-    )
-    assert problems == ["OSError: [Errno 24] ", "ValueError: 1"]
 
 
 # ==== Section 6. The DevicePlugin service: each call is answered from the snapshot ====
