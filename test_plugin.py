@@ -1210,52 +1210,73 @@ def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
     assert summary(inventory.snapshot) == expected
 
 
-# ==== Section 4. Health: README's table, row by row ===================================
+# ==== Appendix B. Health: README's table, row by row ==================================
 
-NOT_IDENTIFIED = ("pending", "unidentified")  # why a chip may not be known
-FACTS = ("detail", "here", "missing", "driver")  # what reasons have beside the chip
+
+def test_readme_names_each_kind_of_verdict() -> None:
+    """With its health if its card was never offered, and no other kind."""
+    named = {}
+    for seen, verdict, _ in table("what the plugin sees, once a second"):
+        (kind, *_) = in_code(seen)
+        named[kind] = "pending" if verdict == "not offered" else verdict
+    assert named == {kind: health for kind, (health, _) in tt.KINDS.items()}
+
+
+NOT_IDENTIFIED = ("pending", "unidentified", "no-serial")  # why a chip may not be known
 
 
 # A poll is: the time, what is read, and the kind of the verdict, "=" for the fault that
-# is read. What is read is a heartbeat, "-" for no file, a fault (with the heartbeat
-# after "/" if one is read, too), or why the chip is not identified.
+# is read. What is read is a heartbeat, with "+" if it was seen to change in this read;
+# "-" for no file; a fault (with the heartbeat after "/" if one is read, too); or why
+# the chip is not identified.
 @rows(
     "polls",
     """
-    it changes, or begins anew     0 4294967294 ok, 1 0 ok, 99 7 ok, 200 3 ok
+    it changes, or begins anew     0 4294967294+ ok, 1 0 ok, 99 7 ok, 200 3 ok
     no file                        0 - ok, 50 - ok, 99 - ok, 999 - ok
-    gone until it is back          0 1 ok, 1 gone =, 99 gone =, 100 1 ok,\
+    it has to change once          0 1 hung, 1 1 hung, 99 1 hung, 100 2 ok
+    ... also where it comes later  0 - ok, 9 1 hung, 10 2 ok
+    ... or can be read later       0 unreadable =, 9 1 hung, 10 2 ok
+    ... or is known later          0 pending/1 =, 9 1 hung, 10 2 ok
+    ... or at once                 0 unreadable =, 9 1+ ok
+    gone until it is back          0 1+ ok, 1 gone =, 99 gone =, 100 1 ok,\
  101 - gone, 102 1 ok
-    hung: equal for over 12 s      0 1 ok, 4 1 ok, 8 1 ok, 12 1 ok, 12.1 1 hung,\
+    hung: equal for over 12 s      0 1+ ok, 4 1 ok, 8 1 ok, 12 1 ok, 12.1 1 hung,\
  99 1 hung
-    ... and in 3 reads             0 1 ok, 30 1 ok, 31 1 ok, 32 1 hung
-    ... until 2 changes            0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
+    ... and in 3 reads             0 1+ ok, 30 1 ok, 31 1 ok, 32 1 hung
+    ... until 2 changes            0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
  15 2 hung, 16 3 ok
-    ... and again                  0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
+    ... and again                  0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
  15 2 hung, 16 2 hung, 27 2 hung, 28 3 hung, 29 4 ok
-    ... and its files go           0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 - gone,\
+    ... and its files go           0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 - gone,\
  15 2 hung
-    SIGSTOP is no silence          0 1 ok, 1 1 ok, 600 1 ok, 600.1 2 ok, 601 2 ok
-    a reset until 1 change after   0 1 ok, 1 resetting =, 2 7 resetting,\
+    SIGSTOP is no silence          0 1+ ok, 1 1 ok, 600 1 ok, 600.1 2 ok, 601 2 ok
+    a reset until 1 change after   0 1+ ok, 1 resetting =, 2 7 resetting,\
  3 7 resetting, 4 8 ok
-    ... then its files go          0 1 ok, 1 resetting =, 2 - resetting,\
+    ... in the first read          0 1+ ok, 1 resetting =, 2 7+ ok
+    ... then its files go          0 1+ ok, 1 resetting =, 2 - resetting,\
  3 1 resetting, 4 - gone
-    ... ends a hang                0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 resetting =,\
+    ... ends a hang                0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 resetting =,\
  15 2 resetting, 16 3 ok
-    a dead bus until 1 change      0 1 ok, 1 bus-dead/4294967295 =, 2 1 bus-dead, 3 2 ok
-    no device node                 0 1 ok, 1 no-node/2 =, 14 no-node/3 =, 15 4 ok
-    ... while it hangs             0 1 ok, 4 1 ok, 8 1 ok, 13 no-node/1 =, 14 1 hung
-    a read hangs until it returns  0 1 ok, 2 read-hangs =, 99 read-hangs =, 100 1 ok
-    ... is no equal read           0 1 ok, 1 1 ok, 2 read-hangs =, 99 1 ok, 99.1 1 hung
-    not readable is not dead       0 1 ok, 1 unreadable =, 9 unreadable =,\
+    a dead bus until 1 change      0 1+ ok, 1 bus-dead =, 2 1 bus-dead, 3 2 ok
+    no device node                 0 1+ ok, 1 no-node/2 =, 14 no-node/3 =, 15 4 ok
+    ... while it hangs             0 1+ ok, 4 1 ok, 8 1 ok, 13 no-node/1 =, 14 1 hung
+    a read hangs until it returns  0 1+ ok, 2 read-hangs =, 99 read-hangs =, 100 1 ok
+    ... is no equal read           0 1+ ok, 1 1 ok, 2 read-hangs =, 99 1 ok,\
+ 99.1 1 hung
+    not readable is not dead       0 1+ ok, 1 unreadable =, 9 unreadable =,\
  99 unreadable =, 100 1 ok
-    ... nor healed                 0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung,\
+    ... nor healed                 0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
  14 unreadable hung, 15 3 hung, 16 4 ok
+    firmware has none              0 1+ ok, 1 no-heartbeat =, 99 no-heartbeat =,\
+ 100 1 hung, 101 2 ok
+    ... since a reset              0 1+ ok, 1 resetting =, 2 no-heartbeat =
     no telemetry for 130 s         0 pending =, 130 pending =,\
- 130.1 pending no-telemetry, 132 1 ok
-    ... and a dead bus             0 bus-dead/4294967295 =, 200 pending no-telemetry
-    not identified                 0 unidentified =, 999 unidentified =, 1000 1 ok
-    ... and hung                   0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung,\
+ 130.1 pending no-telemetry, 132 1+ ok
+    ... and a dead bus             0 bus-dead =, 200 pending no-telemetry
+    not identified                 0 unidentified =, 999 unidentified =, 1000 1+ ok
+    ... nor ever                   0 no-serial =, 999 no-serial =
+    ... and hung                   0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
  14 unidentified/2 =, 15 2 hung
     """,
 )
@@ -1263,33 +1284,79 @@ def test_health_from_poll_to_poll(polls: str) -> None:
     """README's table "Health", in both directions."""
     history = tt.HealthHistory(1e6)
     for poll in polls.split(", "):
-        now, seen, kind = poll.split()
+        time_of_poll, seen, kind = poll.split()
+        now = 1e6 + float(time_of_poll)
         fault = ""
         heartbeat = seen
         if seen[0].isalpha():
             fault, _, heartbeat = seen.partition("/")
         why = fault if fault in NOT_IDENTIFIED else ""
-        chip = replace(UNIDENTIFIED, unknown=why)
-        beat = int(heartbeat) if heartbeat.isdigit() else None
-        reading = tt.Reading(beat, "" if why else fault)
-        verdict = history.update(chip, reading, 1e6 + float(now))
-        assert verdict.kind == (fault if kind == "=" else kind), f"at {now}"
+        chip = replace(FIRST, unidentified=why)
+        digits = heartbeat.strip("-+")
+        reading = tt.Reading(
+            heartbeat=int(digits) if digits else None,
+            fault="" if why else fault,
+            changed=heartbeat.endswith("+"),
+        )
+        history.observe(reading, now)
+        verdict = history.verdict(chip, reading, now)
+        assert verdict.kind == (fault if kind == "=" else kind), f"at {time_of_poll}"
 
 
-@rows(
-    "health, kinds",
-    """
-    healthy      Healthy    ok unreadable
-    not offered  pending    pending no-telemetry unidentified half same-id no-driver
-    unhealthy    Unhealthy  gone resetting bus-dead no-node hung read-hangs
-    """,
-)
-def test_health_of_each_kind(health: str, kinds: str) -> None:
-    """A kind of verdict has one health, if its card was never offered."""
-    facts: dict[str, Any] = {"chip": FIRST, **dict.fromkeys(FACTS, "x")}
-    for kind in kinds.split():
-        verdict = tt.make_verdict(kind, **facts) if kind != "ok" else tt.Verdict()
-        assert verdict.health == health, kind
+# ---- A chip proves itself before it is Healthy ----
+
+
+def test_a_chip_that_hangs_before_the_start_is_not_healthy(
+    tree: Tree, bound: Bound
+) -> None:
+    """The one beside it is Healthy in the very first snapshot, which waits for both."""
+    tree.still.add(FIRST.pci)
+    tree.add(FIRST)
+    tree.add(SECOND)
+    began = time.monotonic()
+    snapshot = inventory_of(tree).poll(began)
+    bound("a first poll with a hung chip", time.monotonic() - began, 1.5)
+    assert summary(snapshot) == f"n150 {FIRST.id} 0 -hung, n150 {SECOND.id} 1 +ok"
+
+
+def test_a_chip_that_is_probed_anew_proves_itself_anew(tree: Tree) -> None:
+    """After a reset its class device is another one, and its heartbeat the same."""
+    tree.add(FIRST)
+    inventory = inventory_of(tree)
+    assert summary(inventory.poll(0.0)) == f"n150 {FIRST.id} 0 +ok"
+    tree.still.add(FIRST.pci)
+    probe_anew(tree, FIRST.pci)
+    assert summary(inventory.poll(1.0)) == f"n150 {FIRST.id} 0 -hung"
+
+
+def test_a_proof_takes_two_beats_at_most(four: Tree, bound: Bound) -> None:
+    """So a start takes 0.2 s longer at most, at ten beats a second."""
+    began = time.monotonic()
+    snapshot = inventory_of(four).poll(began)
+    bound("four cards found and proven", time.monotonic() - began, 0.2)
+    assert [card.verdict.kind for card in snapshot.cards] == ["ok"] * 4
+
+
+def test_one_proof_is_enough(workdir: Path) -> None:
+    """Later reads read the heartbeat once. After a reset it is to be proven again."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert first.changed
+    driver.files.clear()
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert driver.files == ["tt_heartbeat"]
+    assert not second.changed
+
+    driver.files.clear()
+    _, after = tt.read_chip(driver.discovery, chip, tt.Reading(fault="resetting"))
+    assert driver.files == ["tt_heartbeat"] * 2
+    assert after.changed
 
 
 # ==== Section 6. The DevicePlugin service: each call is answered from the snapshot ====
