@@ -374,6 +374,8 @@ def judged(word: str) -> tt.JudgedChip:
     ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
     one half in trouble         a=gone b=unreadable  p300 P300 0,1 -gone\
   ^chip 0000:03.*: it is
+    ... beside a note           a=unreadable b=gone  p300 P300 0,1 -gone\
+  ^chip 0000:04.*: it is
     a note about one half       a b=unreadable   p300 P300 0,1 +unreadable\
   ^chip 0000:04.*: its
     two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
@@ -440,6 +442,16 @@ def test_an_offered_card_keeps_its_resource() -> None:
     assert card.model == "n150"
     (card,) = poll(tt.Snapshot(), known).cards
     assert card.resource == R150
+
+
+def test_an_offered_card_keeps_its_model() -> None:
+    """Also while its chip is there and cannot be identified, such as in a reset."""
+    snapshot = tt.Snapshot()
+    for word in ("x", "x?"):
+        snapshot = tt.next_snapshot(snapshot, [judged(word)], tt.Settings(), 0.0)
+    (card,) = snapshot.cards
+    assert card.verdict.kind == "pending"
+    assert card.model == "n150"
 
 
 class Acme:
@@ -993,7 +1005,9 @@ def test_the_files_may_come_one_by_one(workdir: Path) -> None:
             path.write_text("A" * 16)
 
     driver.before_read = appear
+    began = time.monotonic()
     assert driver.identify().card_id == "wormhole-" + "A" * 16
+    assert time.monotonic() - began >= 0.1, "so long they may take"
 
 
 def test_an_asic_id_that_comes_late_is_taken(workdir: Path) -> None:
@@ -1197,6 +1211,16 @@ def test_a_card_without_its_driver_is_gone(workdir: Path) -> None:
     assert summary(inventory.poll(1.0)) == expected
 
 
+def test_a_pci_function_is_asked_for_its_vendor_once(workdir: Path) -> None:
+    """A host has hundreds of them, and each poll goes over all."""
+    tree = Tree(workdir, [SILENT])
+    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
+    driver = Driver(tree)
+    for _ in range(3):
+        assert not driver.discovery.unclaimed({FIRST.pci})
+    assert driver.files == ["vendor", "vendor"]
+
+
 def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
     """A card comes, and no driver takes it: no class device has come or gone."""
     tree = Tree(workdir, [SILENT])
@@ -1315,7 +1339,9 @@ def test_a_chip_that_hangs_before_the_start_is_not_healthy(
     tree.add(SECOND)
     began = time.monotonic()
     snapshot = inventory_of(tree).poll(began)
-    bound("a first poll with a hung chip", time.monotonic() - began, 1.5)
+    seconds = time.monotonic() - began
+    bound("a first poll with a hung chip", seconds, 1.5)
+    assert seconds >= 1.1, "one that beats once a second proves itself, too"
     assert summary(snapshot) == f"n150 {FIRST.id} 0 -hung, n150 {SECOND.id} 1 +ok"
 
 
@@ -1357,6 +1383,22 @@ def test_one_proof_is_enough(workdir: Path) -> None:
     _, after = tt.read_chip(driver.discovery, chip, tt.Reading(fault="resetting"))
     assert driver.files == ["tt_heartbeat"] * 2
     assert after.changed
+
+
+def test_a_chip_is_proven_as_soon_as_it_is_identified(workdir: Path) -> None:
+    """Before that, its heartbeat is read once, and nobody waits for a change."""
+    tree = Tree(workdir, [replace(FIRST, card_type="")])
+    driver = Driver(tree)
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert driver.files.count("tt_heartbeat") == 1
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    tree.set(FIRST.pci, "tt_card_type", "n150\n")
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert second.changed
 
 
 # ==== Section 6. The DevicePlugin service: each call is answered from the snapshot ====
