@@ -2,39 +2,41 @@
 """A Kubernetes device plugin for Tenstorrent cards, in one file, to read from the top.
 
 A device plugin tells the kubelet which cards a node has, and what a container needs to
-use them. It takes five steps:
+use them. It takes five steps. The file shows the calls first (section 3), then the
+registration (section 4), then how cards are found and judged (section 5).
 
 1. **Discover.** Find the cards of this node and judge their health: here in sysfs, once
-   a second by default (section 3).
+   a second by default (section 5).
 2. **Register.** Serve the DevicePlugin service on a Unix socket beside the kubelet's
    own, and tell the kubelet the socket's name and the resource, such as
-   `tenstorrent.com/n150` (section 5).
+   `tenstorrent.com/n150` (section 4).
 3. **ListAndWatch.** The kubelet opens one stream and keeps it. Each message is the
    whole list of cards, each with its health. New Pods get Healthy cards only (section
-   4).
+   3).
 4. **Allocate.** When a Pod is admitted, the kubelet asks once for each container that
    wants cards: which device nodes, environment variables and mounts does it get? The
    kubelet stores the answer, and repeats it at each restart of the container (section
-   4).
+   3).
 5. **PreStartContainer.** Before each start and restart of such a container, the kubelet
-   asks whether it may start (section 4).
+   asks whether it may start (section 3).
 
 What this plugin adds to that:
 
 - A resource counts as registered while the kubelet keeps a ListAndWatch stream of it
   open. When the stream ends, for whatever reason, the plugin registers again.
-- A card's ID comes from its hardware: from the serial of its board, or from its ASIC
-  id, or from its PCI address if the driver has no ASIC id.
+- A card's ID comes from its hardware: a p300's from the serial of its board, any
+  other's from the ASIC id of its chip, or from the PCI address if the driver has no
+  ASIC id.
 - A card that was offered stays listed while the plugin runs: Unhealthy, with a reason,
   until it is back.
-- Two Pods do not get one chip, even if an upgrade, a flag or the driver has given its
-  card another ID or resource. Before a container starts, the plugin reads in the
-  kubelet's own record who holds what, if it can.
+- A container does not start with a chip that another Pod holds, even if an upgrade, a
+  flag or the driver has given the chip's card another ID or resource: the plugin looks
+  it up in the kubelet's own record, as long as that can be read.
 - A chip with a heartbeat becomes Healthy only once the heartbeat has changed.
-- What is not known decides nothing: a chip without a heartbeat, or with one that cannot
-  be read, is Healthy.
-- A read that hangs affects only its own card. No call waits for it, and no poll does,
-  except for 2 s when a chip is new.
+- Missing information makes no card Unhealthy: a chip without a heartbeat, or with one
+  that cannot be read, is Healthy.
+- A read of a chip that hangs affects only its own card. No call waits for one. A poll
+  waits only for the first reads of new chips, for 2 s at most.
 
 What it does not do: it opens no device node, resets no card, and wipes no memory
 between Pods. It knows of a card's health only what the driver shows in sysfs. It talks
@@ -42,16 +44,16 @@ to the kubelet only, unless flags ask for more: --listen answers HTTP requests;
 --cdi-dir and --labels-dir keep files for other tools.
 
 The one idea: a thread polls, that is, it makes an immutable snapshot of all cards,
-again and again. The kubelet gets what the newest snapshot says. What judges cards does
-no I/O: it gets what was read, what is remembered, and the time.
+again and again. The kubelet gets what the newest snapshot says. Judging does no I/O: it
+follows from what was read, what is remembered, and the time.
 
 The threads:
 
 - The main thread runs the event loop, which serves the kubelet.
 - One thread polls.
 - One thread for each chip reads its files.
-- Small ones write the log and files, wait for signals, and read what could hold up the
-  event loop.
+- Small ones write the log and files, wait for signals, and do reads that could block
+  the event loop.
 
 Words: a *chip* is one PCIe device, /dev/tenstorrent/N. A *card* is what a Pod gets: one
 chip, or the two of a p300. A card is *offered* if the kubelet is told of it. The
@@ -171,8 +173,12 @@ class LogOnChange:
 # The health of a chip or card. The first two are the words of the device plugin API.
 HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"
-# Such a card is not offered, unless it was before. --list prints this word.
+# The kubelet is not told of such a card. If it was told of it earlier, the card is
+# listed as Unhealthy instead. --list prints this word.
 NOT_OFFERED = "pending"
+DEVICES = (
+    "/dev/tenstorrent"  # the folder of the device nodes, on hosts and in containers
+)
 
 
 def chips_per_card(card_type: str) -> int:
@@ -209,7 +215,7 @@ class Chip:
     firmware: str = ""  # version of the firmware bundle, 19.5.0.0
     numa_node: int | None = None
     iommu: str = ""  # type of its IOMMU group: DMA, DMA-FQ, identity; "" without one
-    unidentified: str = "pending"  # a kind: why its card is not known; "" once it is
+    unidentified: str = "pending"  # why: a key of KINDS; "" once it is identified
 
     @property
     def class_device(self) -> ClassDevice:
@@ -219,7 +225,7 @@ class Chip:
     @property
     def device_node(self) -> str:
         """Its device node, on the host and in a container."""
-        return f"/dev/tenstorrent/{self.index}"
+        return f"{DEVICES}/{self.index}"
 
     @property
     def id(self) -> str:
@@ -241,28 +247,12 @@ class Chip:
         return self.id
 
 
-class Reading(NamedTuple):
-    """How a chip was at one read."""
-
-    heartbeat: int | None = None  # None if it has none, or none could be read
-    fault: str = ""  # a kind, "" if nothing is wrong
-    detail: str = ""  # for the kind `unreadable`: the error's name, such as EIO
-    changed: bool = False  # the heartbeat was seen to change during this read
-
-
 class Verdict(NamedTuple):
     """The health of a chip or a card."""
 
     health: str  # HEALTHY, UNHEALTHY or NOT_OFFERED
     kind: str  # a key of KINDS
     reason: str  # for the admin; "" for the kind `ok`
-
-
-class JudgedChip(NamedTuple):
-    """A chip with its verdict."""
-
-    chip: Chip
-    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +286,7 @@ class Card:
 class Snapshot:
     """The node's cards at one moment."""
 
-    # By resource, then PCI address; those that are not offered last.
+    # Sorted by resource, then PCI address; cards that are not offered come last.
     cards: tuple[Card, ...] = ()
     driver: str = ""  # version of tt-kmd, "" if it is not loaded
     polled: bool = False  # False: nothing has been looked at yet
@@ -311,365 +301,7 @@ class Snapshot:
         return sorted({card.resource for card in self.cards if card.resource})
 
 
-# ==== 3. Cards: chips -> cards -> the next snapshot; the threads that read and poll ===
-
-
-def model_of(chip: Chip, settings: Settings) -> str:
-    """The model, such as n150; if the driver does not know it, the architecture."""
-    model = chip.arch if chip.card_type == "unknown" else chip.card_type
-    if settings.variants:
-        return model
-    return re.sub(r"^(p\d+)[abc]$", r"\1", model)
-
-
-def group_by_card(judged: Iterable[JudgedChip]) -> dict[str, list[JudgedChip]]:
-    """Card ID -> its chips, ordered by PCI address."""
-
-    def newest_last(member: JudgedChip) -> tuple[bool, int]:
-        return member.verdict.kind != "gone", member.chip.index
-
-    # At the end of a reset, a chip can be there twice (tt-kmd#112).
-    by_address = {}
-    for member in sorted(judged, key=newest_last):
-        by_address[member.chip.pci] = member
-
-    groups: dict[str, list[JudgedChip]] = {}
-    for pci in sorted(by_address):
-        member = by_address[pci]
-        groups.setdefault(member.chip.card_id, []).append(member)
-    return groups
-
-
-def describe_absent(
-    absent: Sequence[Chip], unidentified_at: Mapping[str, Verdict]
-) -> str:
-    """Where the second chip of a card is, of which only one is there.
-
-    `absent` are the chips that the card had and has no more. `unidentified_at`: PCI
-    address of each chip that has a class device, but is not identified -> its verdict.
-    """
-    remedy = "reset the card with tt-smi -r, and look for both in lspci -d 1e52:"
-    if not absent:
-        if unidentified_at:
-            others = ", ".join(unidentified_at)
-            return f"the other one may be {others}, which is not identified yet"
-        return f"the other one is missing: {remedy}"
-    pci = absent[0].pci
-    if pci in unidentified_at:
-        why = unidentified_at[pci].reason
-        return f"the other one, {pci}, is back, but not identified yet: {why}"
-    return f"the other one, {pci}, is missing: {remedy}"
-
-
-def judge_card(
-    members: Sequence[JudgedChip],
-    absent: Sequence[Chip],
-    unidentified_at: Mapping[str, Verdict],
-) -> Verdict:
-    """A card's verdict from those of its chips; for the rest see describe_absent.
-
-    Half a p300 is never offered: its chip would have one ID alone, and another one as
-    part of the pair.
-    """
-    first = members[0].chip
-    wanted = 1 if first.unidentified else chips_per_card(first.card_type)
-    here = ", ".join(member.chip.pci for member in members)
-    if len(members) < wanted:
-        other = describe_absent(absent, unidentified_at)
-        return make_verdict("half", here=here, other=other)
-    if len(members) > wanted:
-        return make_verdict("same-id", here=here)
-
-    # A chip that is Unhealthy counts first, then one with something to note.
-    def severity(member: JudgedChip) -> tuple[bool, bool]:
-        return member.verdict.health == UNHEALTHY, member.verdict.reason != ""
-
-    worst = max(members, key=severity)
-    if wanted == 1 or not worst.verdict.reason:
-        return worst.verdict
-    reason = f"chip {worst.chip.pci}: {worst.verdict.reason}"
-    return worst.verdict._replace(reason=reason)
-
-
-def make_card(
-    members: Sequence[JudgedChip],
-    before: Card | None,
-    unidentified_at: Mapping[str, Verdict],
-    settings: Settings,
-) -> Card:
-    """The card that `members` make up.
-
-    `before` is the card with this ID as it was offered last, None if it never was. A
-    card that was offered stays so. It also keeps its resource, whatever becomes known
-    of its model: the kubelet records by resource and ID who holds a card.
-    """
-    first = members[0].chip
-    chips = [member.chip for member in members]
-    if before is None:
-        verdict = judge_card(members, [], unidentified_at)
-        model = model_of(first, settings)
-        is_offered = not first.unidentified and verdict.health != NOT_OFFERED
-        resource = f"{settings.resource_domain}/{model}" if is_offered else None
-        return Card(first.card_id, model, resource, tuple(chips), verdict)
-
-    here = {chip.id for chip in chips}
-    absent = [chip for chip in before.chips if chip.id not in here]
-    verdict = judge_card(members, absent, unidentified_at)
-    if verdict.health == NOT_OFFERED:
-        verdict = verdict._replace(health=UNHEALTHY)
-    if verdict.kind == "half":  # go on to show the chip that is missing
-        chips = sorted([*chips, *absent], key=lambda chip: chip.pci)
-    model = before.model if first.unidentified else model_of(first, settings)
-    return Card(before.id, model, before.resource, tuple(chips), verdict)
-
-
-def judge_gone(card: Card, unidentified_at: Mapping[str, Verdict]) -> Verdict:
-    """The verdict of a card none of whose chips is identified now."""
-    for chip in card.chips:
-        if chip.pci in unidentified_at:
-            why = unidentified_at[chip.pci].reason
-            return make_verdict("returning", pci=chip.pci, why=why)
-    return make_verdict("gone")
-
-
-def with_since(card: Card, last: Card | None, now: float) -> Card:
-    """`card`, and since when it has had this health; `last` is how it was before."""
-    is_same = last is not None and last.verdict.health == card.verdict.health
-    return replace(card, since=last.since if last and is_same else now)
-
-
-def next_snapshot(
-    old: Snapshot, judged: Sequence[JudgedChip], settings: Settings, now: float
-) -> Snapshot:
-    """The snapshot that follows from the last one and one poll.
-
-    `judged` is in any order; `now` is of time.monotonic(). Once offered, a card is kept
-    until the plugin restarts, even if it is gone or replaced: a Pod may still hold it,
-    and its container should get a reason when it restarts.
-    """
-    groups = group_by_card(judged)
-    offered = {card.id: card for card in old.cards if card.resource}
-    unidentified_at = {}
-    for chip, verdict in judged:
-        if chip.unidentified and chip.index >= 0:
-            unidentified_at[chip.pci] = verdict
-
-    cards = []
-    for card_id, members in groups.items():
-        before = offered.get(card_id)
-        cards.append(make_card(members, before, unidentified_at, settings))
-    for card_id, card in offered.items():
-        if card_id not in groups:
-            cards.append(replace(card, verdict=judge_gone(card, unidentified_at)))
-
-    def place(card: Card) -> tuple[bool, str, str]:
-        return card.resource is None, card.resource or "", card.chips[0].pci
-
-    last = {card.id: card for card in old.cards}
-    cards = [with_since(card, last.get(card.id), now) for card in cards]
-    return replace(old, cards=tuple(sorted(cards, key=place)), polled=True)
-
-
-class Discovery(Protocol):
-    """What the plugin asks of the part that knows a vendor's driver.
-
-    For another vendor's cards, write this class, and see README for the rest. A *class
-    device* is what a driver makes for each chip: a folder in sysfs, and a device node
-    in `dev_folder`. All methods but `read` must return at once. OSError means that
-    nothing can be found out now, such as for lack of file descriptors.
-    """
-
-    dev_folder: str  # with the device nodes N, and links by-id/ID if there are any
-
-    def driver_version(self) -> str:
-        """The version of the loaded driver, or ""."""
-
-    def chips(self) -> list[Chip]:
-        """The chips that have a class device, each as `chip_at` gives it."""
-
-    def chip_at(self, index: int) -> Chip | None:
-        """The chip whose class device has N = `index` now, unidentified; or None."""
-
-    def unclaimed(self, known: set[str]) -> list[JudgedChip]:
-        """The chips without a class device; `known` are PCI addresses of the others."""
-
-    def read(self, chip: Chip) -> tuple[Chip, Reading]:
-        """Identify a chip, as far as that is possible now, and read its health.
-
-        It may hang: each chip is read by a thread of its own.
-        """
-
-
-READ_HANGS_S = 5.0  # no read has returned for so long: the driver hangs
-# How long a poll waits for the first reads of new chips, for all of them together.
-FIRST_READS_S = 2.0
-
-
-class ChipReader:
-    """Reads one class device in a thread of its own, once per poll interval.
-
-    A read that hangs holds up no other chip. The thread hands its readings to the
-    polling thread, which judges them, and never waits for one but the first.
-    """
-
-    def __init__(
-        self, discovery: Discovery, chip: Chip, interval: float, now: float
-    ) -> None:
-        self.history = HealthHistory(now)
-        self.has_read = threading.Event()  # the first read has returned
-        # Limit in polls, not in time: a process that was stopped has missed no poll. At
-        # least two, as polls and reads are not in step.
-        self._hanging_polls = max(2, math.ceil(READ_HANGS_S / interval))
-        self.polls_since_read = self._hanging_polls
-        self._chip = chip
-        self._reading = Reading()
-        self._unjudged: deque[tuple[Chip, Reading]] = deque()
-        self._ended = False
-        # A daemon: one that hangs in a read must not keep the process from ending.
-        threading.Thread(
-            target=self._run,
-            args=(discovery, chip, interval),
-            name=f"chip {chip.pci}",
-            daemon=True,
-        ).start()
-
-    def judge(self, now: float) -> JudgedChip:
-        """The chip and what its newest reading means. To be called once per poll."""
-        self.polls_since_read += 1
-        while self._unjudged:  # each one counts, such as that of a short reset
-            self._chip, self._reading = self._unjudged.popleft()
-            self.history.observe(self._reading, now)
-            self.polls_since_read = 0
-
-        reading = self._reading
-        if self.polls_since_read >= self._hanging_polls:
-            reading = Reading(fault="read-hangs")
-        return JudgedChip(self._chip, self.history.verdict(self._chip, reading, now))
-
-    def end(self) -> None:
-        """Let the thread end, once its read has returned."""
-        self._ended = True
-
-    def _run(self, discovery: Discovery, chip: Chip, interval: float) -> None:
-        reading = Reading()
-        while not self._ended:
-            try:
-                chip, reading = read_chip(discovery, chip, reading)
-            except Exception as error:  # a defect costs this chip's readings, no others
-                if reading.detail != repr(error):  # once
-                    log.exception("chip %s cannot be read", chip.pci)
-                reading = Reading(fault="unreadable", detail=repr(error))
-            self._unjudged.append((chip, reading))
-            self.has_read.set()
-            time.sleep(interval)
-
-
-class Inventory:
-    """The newest snapshot, and the polling thread that makes it."""
-
-    def __init__(self, settings: Settings, discovery: Discovery | None = None) -> None:
-        self.settings = settings
-        self.discovery = discovery or TenstorrentDiscovery(settings)
-        self.snapshot = Snapshot()
-        self.changed = asyncio.Event()  # set at the next change, and then replaced
-        # Called after each poll, with the snapshot before and the new one.
-        self.on_snapshot: list[Callable[[Snapshot, Snapshot], object]] = []
-        self.readers: dict[ClassDevice, ChipReader] = {}
-        self.poll_trouble = LogOnChange()  # why the last poll failed
-        self.polled_at = time.monotonic()  # when the last poll ended that did not fail
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopped = threading.Event()
-        # Held while a snapshot is published, never during a read.
-        self._lock = threading.Lock()
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the polling thread, which wakes those who wait on `loop`."""
-        self._loop = loop
-        threading.Thread(target=self._run, name="poll", daemon=True).start()
-
-    def stop(self) -> None:
-        """End the polling thread. A poll that is under way is not published."""
-        with self._lock:
-            self._stopped.set()
-
-    def notify(self) -> None:
-        """Wake all who wait for a change. In the event loop's thread."""
-        changed = self.changed
-        self.changed = asyncio.Event()
-        changed.set()
-
-    def poll(self, now: float) -> Snapshot:
-        """One pass: find the chips, judge what was read of them, publish.
-
-        Returns the snapshot, after 2 s and a little at most. Raises OSError for what no
-        chip caused, such as too few file descriptors.
-        """
-        found = {chip.class_device: chip for chip in self.discovery.chips()}
-        self._start_and_end_readers(found, now)
-        judged = [reader.judge(now) for reader in self.readers.values()]
-        known = {member.chip.pci for member in judged}
-        judged += self.discovery.unclaimed(known)
-
-        old = replace(self.snapshot, driver=self.discovery.driver_version())
-        self._publish(next_snapshot(old, judged, self.settings, now))
-        return self.snapshot
-
-    def _start_and_end_readers(
-        self, found: Mapping[ClassDevice, Chip], now: float
-    ) -> None:
-        for device in self.readers.keys() - found.keys():
-            self.readers.pop(device).end()
-
-        new = []
-        for device in found.keys() - self.readers.keys():
-            interval = self.settings.poll_seconds
-            reader = ChipReader(self.discovery, found[device], interval, now)
-            self.readers[device] = reader
-            new.append(reader)
-
-        # Counted, not timed: while the process is stopped, time passes, and no thread
-        # runs. All readers together have these steps.
-        step = 0.05
-        steps = round(FIRST_READS_S / step)
-        for reader in new:
-            while steps > 0 and not reader.has_read.wait(step):
-                steps -= 1
-
-    def _publish(self, new: Snapshot) -> None:
-        with self._lock:
-            if self._stopped.is_set():
-                return
-            old = self.snapshot
-            self.snapshot = new
-            # Before the callbacks, which may fail: the kubelet must hear of each
-            # change.
-            if self._loop and new != old:
-                self._loop.call_soon_threadsafe(self.notify)
-            self.polled_at = time.monotonic()
-            for callback in self.on_snapshot:
-                try:
-                    callback(old, new)
-                except Exception:
-                    log.exception("a part of the plugin missed a change of the cards")
-
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            began = time.monotonic()
-            try:
-                self.poll(began)
-                self.poll_trouble.set("", cleared="the cards can be looked for again")
-            except Exception as error:  # it must cost one poll, not all that follow
-                if not isinstance(error, OSError) and not self.poll_trouble.problem:
-                    log.exception("a poll failed")
-                problem = f"{type(error).__name__}: {error}"
-                self.poll_trouble.set(
-                    f"cannot look for cards, the last list stands: {problem}"
-                )
-            next_poll = began + self.settings.poll_seconds
-            self._stopped.wait(max(0.0, next_poll - time.monotonic()))
-
-
-# ==== 4. The DevicePlugin service: five calls, answered from the newest snapshot ======
+# ==== 3. The DevicePlugin service: five calls, answered from the newest snapshot ======
 # The kubelet sets no time limit on most calls, and a slow answer stalls the admission
 # of every Pod on the node. So calls look only at links, folders and device nodes, which
 # never block. The one file that they need, the kubelet's record, is read in a thread.
@@ -714,8 +346,8 @@ class Shared:
 def device_list(snapshot: Snapshot, resource: str) -> api.ListAndWatchResponse:
     """The message that a ListAndWatch stream of `resource` should have sent last.
 
-    It has the NUMA nodes of all cards or of none: if only some devices have one, the
-    kubelet finds no place for two (topology_hints.go). A NUMA node of -1 would make the
+    It has NUMA nodes only if they are known of each card: with a mix, the kubelet
+    cannot place a request for two (topology_hints.go). A NUMA node of -1 would make the
     policy `single-numa-node` reject the Pod.
     """
     cards = snapshot.of(resource).values()
@@ -769,8 +401,8 @@ def find_problem(discovery: Discovery, card: Card) -> str:
         there = discovery.chip_at(chip.index)
         if not there or there.class_device != chip.class_device:
             return (
-                f"{chip.device_node} is no longer chip {chip.pci}: it was reset or "
-                "removed a moment ago. Try again"
+                f"{chip.device_node} is no longer chip {chip.pci}, which was reset or "
+                "removed a moment ago"
             )
         if not is_device_node(f"{discovery.dev_folder}/{chip.index}", chip.dev):
             return make_verdict("no-node", chip=chip).reason
@@ -797,7 +429,7 @@ def host_path(inventory: Inventory, chip: Chip) -> str:
         return os.devnull
     link = f"by-id/{chip.id}"
     if is_device_node(f"{inventory.discovery.dev_folder}/{link}", chip.dev):
-        return f"/dev/tenstorrent/{link}"
+        return f"{DEVICES}/{link}"
     return chip.device_node
 
 
@@ -895,12 +527,12 @@ class DevicePlugin(rpc.DevicePluginServicer):
     async def ListAndWatch(  # type: ignore[override]
         self, request: Any, context: Any
     ) -> None:
-        """Send the list at once, and when it differs from what *this* stream sent."""
+        """Send the list at once, and again when it has changed."""
         if self.stream_task is None:
             self.stream_task = asyncio.current_task()
         sent = None
         while not self.closing:
-            # Take the event before the snapshot: a change in between sets this event.
+            # The event before the snapshot: so a change in between is not missed.
             changed = self.inventory.changed
             devices = device_list(self.inventory.snapshot, self.resource)
             if devices == sent:
@@ -956,41 +588,43 @@ class DevicePlugin(rpc.DevicePluginServicer):
         self, request: api.PreStartContainerRequest
     ) -> api.PreStartContainerResponse:
         """Refuse what must not start: see find_problem and find_conflict."""
-        snapshot = self.inventory.snapshot
-        cards = resolve_cards(snapshot, self.resource, request.devices_ids)
-        check_cards(self.inventory, cards)
-        if self.inventory.settings.fake:  # made-up cards are all the same device
-            return api.PreStartContainerResponse()
-
+        ids = request.devices_ids
+        # IDs that make no sense are refused before anything is read.
+        resolve_cards(self.inventory.snapshot, self.resource, ids)
         record = await read_record_if_possible(self.shared)
-        discovery = self.inventory.discovery
-        problem = find_conflict(discovery, self.resource, cards, record)
-        if problem:
-            raise Refusal(StatusCode.FAILED_PRECONDITION, problem)
+
+        snapshot = self.inventory.snapshot
+        cards = resolve_cards(snapshot, self.resource, ids)
+        check_cards(self.inventory, cards)
+        if not self.inventory.settings.fake:  # made-up cards are all the same device
+            discovery = self.inventory.discovery
+            conflict = find_conflict(discovery, snapshot, self.resource, cards, record)
+            if conflict:
+                raise Refusal(StatusCode.FAILED_PRECONDITION, conflict)
         return api.PreStartContainerResponse()
 
 
-# ==== 5. Registration: serve, register, expect the stream, wait for its end, again ====
-# The end of the stream is what to watch, since it comes with every failure. Some leave
-# no other trace: a kubelet drops a stream and keeps running; or, up to 1.36, it
-# disconnects the newer registration of a resource when the stream of an older one ends
-# (kubernetes devicemanager/plugin/v1beta1/handler.go).
+# ==== 4. Registration: serve, register, expect the stream, wait for its end, again ====
+# Whatever goes wrong, the stream ends, so the plugin watches only the stream. Two
+# failures show nowhere else: - A kubelet drops a stream and keeps running. - When an
+# old stream of a resource ends, a kubelet up to 1.36 disconnects the new one of   that
+# resource as well (kubernetes devicemanager/plugin/v1beta1/handler.go).
 
-# How often to look for the kubelet and to try the lock: a kubelet that answers should
-# be registered with within 0.1 s, and Register takes a few milliseconds.
+# How often to look for the kubelet and to try the lock. The goal is to be registered
+# 0.1 s after a kubelet answers, and Register takes a few milliseconds.
 LOOK_S = 0.05
 # Limit of Register: from 1.25 on, the kubelet dials back inside it, for 10 s at most.
 REGISTER_S = 12.0
 # How soon after Register the kubelet must open its stream: up to 1.24, it dials back
 # only then, for 10 s at most.
 STREAM_S = 12.0
-# A registration has failed if its stream was open for less than this, or never.
+# A stream that was open for less than this was cut short.
 LASTING_S = 1.0
-# The pause before the same kubelet is tried again, after a registration that has
-# failed. It doubles each time.
+# The pause before the same kubelet is tried again, after a registration whose stream
+# was cut short or never open. It doubles each time.
 SHORTEST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 5.0
-MANY_CUT_SHORT = 3  # so many streams in a row: another plugin may end them
+MANY_CUT_SHORT = 3  # this many streams in a row: perhaps another plugin ends them
 STOP_S = 0.2  # how long a server that stops waits for calls under way
 REQUEST_BYTES = 256 * 1024  # largest request: ten times the IDs of the largest node
 
@@ -1000,7 +634,8 @@ def socket_name(model: str, token: str) -> str:
     return f"tenstorrent-{model}-{token}.sock"
 
 
-ANY_SOCKET = socket_name("?*", "[0-9a-f]" * 6)  # a pattern for Path.glob
+HEX = "[0-9a-f]"
+ANY_SOCKET = f"tenstorrent-?*-{HEX}{HEX}{HEX}{HEX}{HEX}{HEX}.sock"  # as a glob pattern
 
 
 def accepts_connections(path: Path) -> bool:
@@ -1066,8 +701,8 @@ async def running(server: grpc.aio.Server) -> AsyncIterator[None]:
 async def serving(plugin: DevicePlugin, folder: Path) -> AsyncIterator[str]:
     """Serve `plugin` on a new socket in `folder`, and give its name. Raises OSError.
 
-    Each registration has a name of its own, so that an instance that ends late cannot
-    remove this socket.
+    Each registration has a name of its own, so that an older instance that is slow to
+    end cannot remove this socket.
     """
     model = plugin.resource.partition("/")[2]
     path = folder / socket_name(model, os.urandom(3).hex())
@@ -1126,40 +761,45 @@ class Registrar:
                         loop = self.run_resource(resource)
                         tasks[resource] = asyncio.create_task(loop)
 
+                if not tasks:  # also without cards, only one instance is active
+                    self.lock.try_acquire()
+
                 waiter = asyncio.create_task(changed.wait())
                 try:
-                    done, _ = await asyncio.wait(
-                        [waiter, *tasks.values()], return_when=asyncio.FIRST_COMPLETED
+                    await asyncio.wait(
+                        [waiter, *tasks.values()],
+                        timeout=None if tasks else 1,
+                        return_when=asyncio.FIRST_COMPLETED,
                     )
                 finally:
                     waiter.cancel()
-                for task in done:
-                    task.result()  # raises what has ended it
+                for task in tasks.values():
+                    if task.done():
+                        task.result()  # raises what has ended it
         finally:
             await cancel_and_wait(tasks.values())
 
     async def run_resource(self, resource: str) -> None:
         """Register a resource again and again, for ever. Raises CannotWork."""
         trouble = self._trouble[resource] = LogOnChange()
-        kubelet = ""  # file_id of the socket of the kubelet that was tried last
+        kubelet_id = ""  # file_id of the socket of the kubelet that was tried last
         cause = "start"
         pause = 0.0
-        cut_short = 0  # streams in a row that ended at once
+        cut_short = 0  # streams in a row
         while True:
-            newest = await self.wait_for_kubelet(kubelet, pause)
-            if newest != kubelet:
-                kubelet = newest
+            found_id = await self.wait_for_kubelet(kubelet_id, pause)
+            if found_id != kubelet_id:  # another kubelet
+                kubelet_id = found_id
                 pause = 0.0
                 cut_short = 0
 
-            outcome = await self._register_safely(resource, kubelet, cause)
+            outcome = await self._register_safely(resource, kubelet_id, cause)
             cause = outcome.cause
             if outcome.open_s >= LASTING_S:
                 pause = 0.0
                 cut_short = 0
             else:
-                pause = max(2 * pause, SHORTEST_PAUSE_S)
-                pause = min(pause, LONGEST_PAUSE_S)
+                pause = min(max(2 * pause, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
                 cut_short = cut_short + 1 if outcome.open_s > 0 else 0
 
             if outcome.problem:
@@ -1174,22 +814,24 @@ class Registrar:
                 trouble.set("")
 
     async def _register_safely(
-        self, resource: str, kubelet: str, cause: str
+        self, resource: str, kubelet_id: str, cause: str
     ) -> Outcome:
-        """register_once, with what it raises as an outcome."""
+        """Call register_once, and turn exceptions into an outcome."""
         try:
-            return await self.register_once(resource, kubelet, cause)
+            return await self.register_once(resource, kubelet_id, cause)
         except OSError as error:
             return Outcome("no-socket", str(error.strerror or error))
         except Exception as error:  # a defect must cost one try, not the resource
             log.exception("registering %s failed", resource)
             return Outcome("defect", repr(error))
 
-    async def register_once(self, resource: str, kubelet: str, cause: str) -> Outcome:
+    async def register_once(
+        self, resource: str, kubelet_id: str, cause: str
+    ) -> Outcome:
         """One registration, from its socket to the end of its stream.
 
-        `kubelet` is the file_id of its socket, `cause` what ended the registration
-        before this one. Raises OSError.
+        `kubelet_id` is the file_id of the kubelet's socket, `cause` what ended the last
+        registration. Raises OSError.
         """
         plugin = DevicePlugin(self.shared, resource)
         async with serving(plugin, self.folder) as endpoint:
@@ -1197,24 +839,26 @@ class Registrar:
                 await self._call_register(resource, endpoint)
             except grpc.aio.AioRpcError as error:
                 if not accepts_connections(self.kubelet_socket):
-                    # The kubelet went away during the call: keep the earlier cause.
+                    # The kubelet has ended: as if this had not been tried.
                     return Outcome(cause)
                 details = f"{error.code().name}: {error.details()}"
+                # A name that is new each time would make this a new problem each time.
                 answer = details.replace(endpoint, "its socket")
                 problem = f"the kubelet has not registered it: {answer}"
                 return Outcome("register-failed", problem)
 
-            problem = await self._wait_for_stream(plugin, kubelet)
+            problem = await self._wait_for_stream(plugin, kubelet_id)
             if plugin.stream_task is None:
                 return Outcome("no-stream", problem)
             opened = time.monotonic()
             self._streams[resource] = plugin.stream_task
             self._report_registration(resource, endpoint, cause)
             await asyncio.wait([plugin.stream_task])
+            open_s = time.monotonic() - opened
             about = {"resource": resource}
             text = "the kubelet's stream of %s has ended: registering again"
             log.warning(text, resource, extra=about)
-        return Outcome("stream-ended", open_s=time.monotonic() - opened)
+        return Outcome("stream-ended", open_s=open_s)
 
     async def _call_register(self, resource: str, endpoint: str) -> None:
         request = api.RegisterRequest(
@@ -1230,12 +874,12 @@ class Registrar:
         async with grpc.aio.insecure_channel(target, options) as channel:
             await rpc.RegistrationStub(channel).Register(request, timeout=REGISTER_S)
 
-    async def _wait_for_stream(self, plugin: DevicePlugin, kubelet: str) -> str:
+    async def _wait_for_stream(self, plugin: DevicePlugin, kubelet_id: str) -> str:
         """Wait until the stream is open. Returns "", or why it is not."""
         until = time.monotonic() + STREAM_S
         while plugin.stream_task is None:
             # If the kubelet has ended since Register, no stream ever comes.
-            if file_id(self.kubelet_socket) != kubelet:
+            if file_id(self.kubelet_socket) != kubelet_id:
                 return "the kubelet has accepted it, but has ended since"
             if time.monotonic() > until:
                 late = f"opened no stream within {STREAM_S:.0f} s"
@@ -1260,32 +904,45 @@ class Registrar:
             extra={"resource": resource, "reason": cause},
         )
 
-    async def wait_for_kubelet(self, last: str, pause: float) -> str:
+    async def wait_for_kubelet(self, tried_id: str, pause: float) -> str:
         """Wait until this instance holds the lock, and a kubelet listens.
 
-        Returns the file_id of the kubelet's socket. The `last` one is left alone for
-        `pause` seconds; another one is not. Raises CannotWork.
+        Returns the file_id of the kubelet's socket. A socket that is `tried_id` is left
+        alone for `pause` seconds; another one is not. Raises CannotWork.
         """
-        until = time.monotonic() + pause
+        pause_ends = time.monotonic() + pause
         await asyncio.sleep(min(pause, LOOK_S))
         while True:
-            problem = self.lock.try_acquire()
-            kubelet = ""
+            is_pausing = time.monotonic() < pause_ends
             try:
-                if not problem:
-                    kubelet = file_id(self.kubelet_socket)
-                is_pausing = kubelet == last and time.monotonic() < until
-                if not is_pausing:
-                    if kubelet and accepts_connections(self.kubelet_socket):
-                        text = f"a kubelet answers at {self.kubelet_socket}"
-                        self._waiting.set("", cleared=text)
-                        return kubelet
-                    text = f"no kubelet listens at {self.kubelet_socket}"
-                    self._waiting.set(problem or f"{text}: waiting for it to start")
+                found_id = self._find_kubelet(tried_id, is_pausing)
+                if found_id:
+                    return found_id
             except OSError as error:
                 text = f"cannot reach the kubelet at {self.kubelet_socket}"
                 self._waiting.set(f"{text}: {error.strerror}")
             await asyncio.sleep(LOOK_S)
+
+    def _find_kubelet(self, tried_id: str, is_pausing: bool) -> str:
+        """The file_id of a kubelet's socket that accepts connections, or "".
+
+        What this instance waits for is logged, once. Raises CannotWork, OSError.
+        """
+        problem = self.lock.try_acquire()
+        if problem:
+            self._waiting.set(problem)
+            return ""
+
+        found_id = file_id(self.kubelet_socket)
+        if found_id and found_id == tried_id and is_pausing:
+            return ""
+        if found_id and accepts_connections(self.kubelet_socket):
+            text = f"a kubelet answers at {self.kubelet_socket}"
+            self._waiting.set("", cleared=text)
+            return found_id
+        text = f"no kubelet listens at {self.kubelet_socket}: waiting for it to start"
+        self._waiting.set(text)
+        return ""
 
     def registration_status(self) -> dict[str, str]:
         """Resource -> "" if it is registered, else why not. Callable in any thread."""
@@ -1304,13 +961,392 @@ class Registrar:
         return status
 
 
+# ==== 5. Cards: chips -> cards -> the next snapshot; the threads that read and poll ===
+
+
+class Reading(NamedTuple):
+    """How a chip was at one read."""
+
+    heartbeat: int | None = None  # None if it has none, or none could be read
+    fault: str = ""  # a kind, "" if nothing is wrong
+    detail: str = ""  # for the kind `unreadable`: the error's name, such as EIO
+    changed: bool = False  # the heartbeat was seen to change during this read
+
+
+class JudgedChip(NamedTuple):
+    """A chip with its verdict."""
+
+    chip: Chip
+    verdict: Verdict
+
+
+class Discovery(Protocol):
+    """What the plugin asks of the part that knows a vendor's driver.
+
+    For another vendor's cards, write this class, and see README for the rest. A *class
+    device* is what a driver makes for each chip: a folder in sysfs, and a device node
+    in `dev_folder`. All methods but `read` must return at once. OSError means that
+    nothing can be found out now, such as for lack of file descriptors.
+    """
+
+    dev_folder: str  # with the device nodes N, and links by-id/ID if there are any
+
+    def driver_version(self) -> str:
+        """The version of the loaded driver, or ""."""
+
+    def chips(self) -> list[Chip]:
+        """The chips that have a class device, each as `chip_at` gives it."""
+
+    def chip_at(self, index: int) -> Chip | None:
+        """The chip whose class device has N = `index` now, unidentified; or None."""
+
+    def unclaimed(self, known: set[str]) -> list[JudgedChip]:
+        """The chips without a class device; `known` are PCI addresses of the others."""
+
+    def read(self, chip: Chip) -> tuple[Chip, Reading]:
+        """Identify a chip, as far as that is possible now, and read its health.
+
+        It may hang: each chip is read by a thread of its own.
+        """
+
+
+def model_of(chip: Chip, settings: Settings) -> str:
+    """The model, such as n150; if the driver does not know it, the architecture."""
+    model = chip.arch if chip.card_type == "unknown" else chip.card_type
+    if settings.variants:
+        return model
+    return re.sub(r"^(p\d+)[abc]$", r"\1", model)
+
+
+def group_by_card(judged: Iterable[JudgedChip]) -> dict[str, list[JudgedChip]]:
+    """Card ID -> its chips, ordered by PCI address."""
+    at_address: dict[str, list[JudgedChip]] = {}
+    for member in judged:
+        at_address.setdefault(member.chip.pci, []).append(member)
+
+    def how_new(member: JudgedChip) -> tuple[bool, int, int]:
+        # A newer class device has a higher inode number: sysfs counts them up.
+        chip = member.chip
+        return member.verdict.kind != "gone", chip.inode, chip.index
+
+    groups: dict[str, list[JudgedChip]] = {}
+    for pci in sorted(at_address):
+        # At the end of a reset, a chip can be there twice (tt-kmd#112).
+        newest = max(at_address[pci], key=how_new)
+        groups.setdefault(newest.chip.card_id, []).append(newest)
+    return groups
+
+
+def describe_absent(
+    absent: Sequence[Chip], unidentified_at: Mapping[str, JudgedChip]
+) -> str:
+    """What has become of the other chip, if only one of a card's two is there.
+
+    `absent` are the chips that the card had and has no more. `unidentified_at` has the
+    chips that are there, but not identified, by PCI address.
+    """
+    remedy = "reset the card with tt-smi -r, and look for both in lspci -d 1e52:"
+    if not absent and unidentified_at:
+        others = ", ".join(unidentified_at)
+        return f"the other one may be {others}, which is not identified"
+    if not absent:
+        return f"the other one is missing: {remedy}"
+    pci = absent[0].pci
+    if pci not in unidentified_at:
+        return f"the other one, {pci}, is missing: {remedy}"
+    why = unidentified_at[pci].verdict.reason
+    return f"the other one, {pci}, is there, but not identified: {why}"
+
+
+def judge_card(
+    members: Sequence[JudgedChip],
+    absent: Sequence[Chip],
+    unidentified_at: Mapping[str, JudgedChip],
+) -> Verdict:
+    """A card's verdict, from those of its chips. See describe_absent.
+
+    Half a p300 is never offered: its chip would have one ID alone, and another one as
+    part of the pair.
+    """
+    first = members[0].chip
+    wanted = 1 if first.unidentified else chips_per_card(first.card_type)
+    here = ", ".join(member.chip.pci for member in members)
+    if len(members) < wanted:
+        other = describe_absent(absent, unidentified_at)
+        return make_verdict("half", here=here, other=other)
+    if len(members) > wanted:
+        return make_verdict("same-id", here=here)
+
+    # A chip that is Unhealthy counts first, then one with something to note.
+    def severity(member: JudgedChip) -> tuple[bool, bool]:
+        return member.verdict.health == UNHEALTHY, member.verdict.reason != ""
+
+    worst = max(members, key=severity)
+    if wanted == 1 or not worst.verdict.reason:
+        return worst.verdict
+    reason = f"chip {worst.chip.pci}: {worst.verdict.reason}"
+    return worst.verdict._replace(reason=reason)
+
+
+def make_card(
+    members: Sequence[JudgedChip],
+    before: Card | None,
+    unidentified_at: Mapping[str, JudgedChip],
+    settings: Settings,
+) -> Card:
+    """The card that `members` make up.
+
+    `before` is the card with this ID as it was offered last, None if it never was. Once
+    offered, a card stays listed, and keeps its resource even if its model turns out to
+    be another one: the kubelet records by resource and ID who holds a card.
+    """
+    first = members[0].chip
+    chips = [member.chip for member in members]
+    if before is None:
+        verdict = judge_card(members, [], unidentified_at)
+        model = model_of(first, settings)
+        is_offered = not first.unidentified and verdict.health != NOT_OFFERED
+        resource = f"{settings.resource_domain}/{model}" if is_offered else None
+        return Card(first.card_id, model, resource, tuple(chips), verdict)
+
+    here = {chip.id for chip in chips}
+    absent = [chip for chip in before.chips if chip.id not in here]
+    verdict = judge_card(members, absent, unidentified_at)
+    if verdict.health == NOT_OFFERED:
+        verdict = verdict._replace(health=UNHEALTHY)
+    if verdict.kind == "half":  # go on to show the chip that is missing
+        chips = sorted([*chips, *absent], key=lambda chip: chip.pci)
+    model = before.model if first.unidentified else model_of(first, settings)
+    return Card(before.id, model, before.resource, tuple(chips), verdict)
+
+
+def judge_gone(card: Card, unidentified_at: Mapping[str, JudgedChip]) -> Verdict:
+    """The verdict of an offered card none of whose chips is identified now."""
+    for chip in card.chips:
+        there = unidentified_at.get(chip.pci)
+        if there and there.chip.index >= 0:  # it has a class device
+            why = there.verdict.reason
+            return make_verdict("returning", pci=chip.pci, why=why)
+    return make_verdict("gone")
+
+
+def with_since(card: Card, last: Card | None, now: float) -> Card:
+    """`card`, and since when it has had this health; `last` is how it was before."""
+    if last and last.verdict.health == card.verdict.health:
+        return replace(card, since=last.since)
+    return replace(card, since=now)
+
+
+def next_snapshot(
+    old: Snapshot, judged: Sequence[JudgedChip], settings: Settings, now: float
+) -> Snapshot:
+    """The snapshot that follows from the last one and one poll.
+
+    `judged` is in any order; `now` is of time.monotonic(). Once offered, a card is kept
+    until the plugin restarts, even if it is gone or replaced: a Pod may still hold it,
+    and its container should get a reason when it restarts.
+    """
+    groups = group_by_card(judged)
+    offered = {card.id: card for card in old.cards if card.resource}
+    unidentified_at = {}
+    for member in judged:
+        if member.chip.unidentified:
+            unidentified_at[member.chip.pci] = member
+
+    cards = []
+    for card_id, members in groups.items():
+        before = offered.get(card_id)
+        cards.append(make_card(members, before, unidentified_at, settings))
+    for card_id, card in offered.items():
+        if card_id not in groups:
+            cards.append(replace(card, verdict=judge_gone(card, unidentified_at)))
+
+    def place(card: Card) -> tuple[bool, str, str]:
+        return card.resource is None, card.resource or "", card.chips[0].pci
+
+    last = {card.id: card for card in old.cards}
+    cards = [with_since(card, last.get(card.id), now) for card in cards]
+    return replace(old, cards=tuple(sorted(cards, key=place)), polled=True)
+
+
+# If no read has returned for this long, the driver hangs. It is counted in polls, at
+# least two.
+READ_HANGS_S = 5.0
+# How long a poll waits for the first reads of new chips, for all of them together.
+FIRST_READS_S = 2.0
+
+
+class ChipReader:
+    """Reads one class device in a thread of its own, once per poll interval.
+
+    A read that hangs holds up no other chip: the polling thread takes the readings that
+    are there, and waits only for the first one.
+    """
+
+    def __init__(
+        self, discovery: Discovery, chip: Chip, interval: float, now: float
+    ) -> None:
+        self.history = HealthHistory(now)
+        self.has_read = threading.Event()  # the first read has returned
+        self.polls_since_read = 0
+        # In polls, not seconds: after this process was stopped, the clock has jumped,
+        # and no read was late. At least two, as polls and reads are not in step.
+        self._hanging_polls = max(2, math.ceil(READ_HANGS_S / interval))
+        self._chip = chip
+        self._reading = Reading()
+        # Read, and not judged yet. Bounded, in case polls keep failing.
+        self._unjudged: deque[tuple[Chip, Reading]] = deque(maxlen=100)
+        self._ended = False
+        # A daemon: one that hangs in a read must not keep the process from ending.
+        threading.Thread(
+            target=self._run,
+            args=(discovery, chip, interval),
+            name=f"chip {chip.pci}",
+            daemon=True,
+        ).start()
+
+    def judge(self, now: float) -> JudgedChip:
+        """The chip and what its newest reading means. To be called once per poll."""
+        self.polls_since_read += 1
+        while self._unjudged:  # each one counts, such as that of a short reset
+            self._chip, self._reading = self._unjudged.popleft()
+            self.history.observe(self._reading, now)
+            self.polls_since_read = 0
+
+        reading = self._reading
+        if self.polls_since_read >= self._hanging_polls:
+            reading = Reading(fault="read-hangs")
+        return JudgedChip(self._chip, self.history.verdict(self._chip, reading, now))
+
+    def end(self) -> None:
+        """Let the thread end, once its read has returned."""
+        self._ended = True
+
+    def _run(self, discovery: Discovery, chip: Chip, interval: float) -> None:
+        reading = Reading()
+        while not self._ended:
+            try:
+                chip, reading = read_chip(discovery, chip, reading)
+            except Exception as error:  # a defect costs this chip's readings, no others
+                if reading.detail != repr(error):  # once
+                    log.exception("chip %s cannot be read", chip.pci)
+                reading = Reading(fault="unreadable", detail=repr(error))
+            self._unjudged.append((chip, reading))
+            self.has_read.set()
+            time.sleep(interval)
+
+
+class Inventory:
+    """The newest snapshot, and the polling thread that makes it."""
+
+    def __init__(self, settings: Settings, discovery: Discovery | None = None) -> None:
+        self.settings = settings
+        self.discovery = discovery or TenstorrentDiscovery(settings)
+        self.snapshot = Snapshot()
+        self.changed = asyncio.Event()  # set, and replaced, at each change
+        # Called after each poll, with the snapshot before and the new one.
+        self.on_snapshot: list[Callable[[Snapshot, Snapshot], object]] = []
+        self.readers: dict[ClassDevice, ChipReader] = {}
+        self.poll_trouble = LogOnChange()  # why the last poll failed
+        self.polled_at = time.monotonic()  # end of the last poll that did not fail
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopped = threading.Event()
+        # Held while a snapshot is published, never during a read.
+        self._lock = threading.Lock()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the polling thread, which wakes those who wait on `loop`."""
+        self._loop = loop
+        threading.Thread(target=self._run, name="poll", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the polling thread. A poll that is under way is not published."""
+        with self._lock:
+            self._stopped.set()
+
+    def notify(self) -> None:
+        """Wake all who wait for a change. In the event loop's thread."""
+        changed = self.changed
+        self.changed = asyncio.Event()
+        changed.set()
+
+    def poll(self, now: float) -> Snapshot:
+        """One pass: find the chips, judge what was read of them, publish.
+
+        Returns the snapshot. It takes about 2 s at most. Raises OSError if the chips
+        cannot be listed, such as for lack of file descriptors.
+        """
+        found = {chip.class_device: chip for chip in self.discovery.chips()}
+        self._start_and_end_readers(found, now)
+        judged = [reader.judge(now) for reader in self.readers.values()]
+        known = {member.chip.pci for member in judged}
+        judged += self.discovery.unclaimed(known)
+
+        old = replace(self.snapshot, driver=self.discovery.driver_version())
+        self._publish(next_snapshot(old, judged, self.settings, now))
+        return self.snapshot
+
+    def _start_and_end_readers(
+        self, found: Mapping[ClassDevice, Chip], now: float
+    ) -> None:
+        for device in self.readers.keys() - found.keys():
+            self.readers.pop(device).end()
+
+        new = []
+        for device in found.keys() - self.readers.keys():
+            interval = self.settings.poll_seconds
+            reader = ChipReader(self.discovery, found[device], interval, now)
+            self.readers[device] = reader
+            new.append(reader)
+
+        # Counted, not timed: while the process is stopped, time passes, and no thread
+        # runs. All readers together have these steps.
+        step = 0.05
+        steps = round(FIRST_READS_S / step)
+        for reader in new:
+            while steps > 0 and not reader.has_read.wait(step):
+                steps -= 1
+
+    def _publish(self, new: Snapshot) -> None:
+        with self._lock:
+            if self._stopped.is_set():
+                return
+            old = self.snapshot
+            self.snapshot = new
+            # First of all, since the kubelet must hear of it at once.
+            if self._loop and new != old:
+                self._loop.call_soon_threadsafe(self.notify)
+            self.polled_at = time.monotonic()
+            for callback in self.on_snapshot:
+                try:
+                    callback(old, new)
+                except Exception:
+                    log.exception("a part of the plugin missed a change of the cards")
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            began = time.monotonic()
+            try:
+                self.poll(began)
+                self.poll_trouble.set("", cleared="the cards can be looked for again")
+            except Exception as error:  # it must cost one poll, not all that follow
+                if not isinstance(error, OSError) and not self.poll_trouble.problem:
+                    log.exception("a poll failed")
+                problem = f"{type(error).__name__}: {error}"
+                self.poll_trouble.set(
+                    f"cannot look for cards, the last list stands: {problem}"
+                )
+            next_poll = began + self.settings.poll_seconds
+            self._stopped.wait(max(0.0, next_poll - time.monotonic()))
+
+
 # ==== 6. serve(): the wiring ==========================================================
 
 
 async def serve(settings: Settings) -> None:
     """The whole plugin, until it is cancelled. Raises CannotWork.
 
-    The parts of the appendix that it wires in can be taken out: D, E and F.
+    It wires in parts D to F of the appendix.
     """
     os.umask(0o077)  # sockets for root alone: the folder may be open to more
     inventory = Inventory(settings)
@@ -1337,7 +1373,7 @@ async def serve(settings: Settings) -> None:
             task.result()
     finally:
         inventory.stop()
-        # Cancel once only: a second cancel would interrupt run()'s own cleanup.
+        # Once: run() needs time to cancel its own tasks.
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -1346,9 +1382,9 @@ async def serve(settings: Settings) -> None:
         registrar.lock.release()
 
 
-# You can stop reading here: that was the whole plugin. What follows is an appendix:
-# A. what is known of Tenstorrent's driver; B. how a chip's health is judged; C. two
-# guards against double use; D to F. what serve() wires in; G. the command line.
+# You can stop reading here: you have seen how a device plugin works. What follows is an
+# appendix: A. what is known of Tenstorrent's driver; B. how a chip's health is judged;
+# C. two guards against double use; D to F. what serve() wires in; G. the command line.
 
 
 # ==== A. Discovery: Tenstorrent's sysfs -> chips and readings =========================
@@ -1704,8 +1740,8 @@ KINDS = {
     # 2. It is not known which card the chip is part of.
     "pending": Kind(
         NOT_OFFERED,
-        "its telemetry is not there yet: the firmware may take two minutes (and a "
-        "driver before 1.28 has none)",
+        "its telemetry is not there yet: the firmware may take two minutes, or a read "
+        "takes long (and a driver before 1.28 has none)",
     ),
     "no-telemetry": Kind(
         NOT_OFFERED,
@@ -1764,21 +1800,19 @@ def make_verdict(kind: str, **facts: object) -> Verdict:
     return Verdict(health, kind, reason.format(**facts))
 
 
-# Each poll judges anew, in both directions.
-
 # A chip hangs if its heartbeat stays the same for longer than this: the firmware's own
 # watchdog takes 10 s (auto_reset_timeout in tt-kmd module.c).
 HEARTBEAT_S = 12.0
-# It must also be read so often as the same: time passes while this process is stopped.
+# And it must be read as the same at least this many times: after this process was
+# stopped, the clock has jumped.
 HEARTBEAT_READS = 3
 # How long after a chip appears its telemetry may still come: the driver asks for it 120
 # times, once a second (tt-kmd wormhole.c, since 2.4.0).
 TELEMETRY_S = 130.0
 
 
-# Where a heartbeat is new, it is read again after this time, and at most so often,
-# until it has changed. Firmware beats ten times a second, so a start takes 0.1 s
-# longer.
+# A new heartbeat is read again after this time, at most LOOKS times, until it changes.
+# Firmware beats ten times a second, so a start takes 0.1 s longer.
 LOOK_AGAIN_S = 0.05
 LOOKS = 24
 
@@ -2007,17 +2041,17 @@ def read_record(path: Path) -> list[Holding]:
 def given_devices(holding: Holding) -> list[api.DeviceSpec]:
     """Tenstorrent's device nodes among those that the container was given."""
     devices = holding.answer.devices
-    return [one for one in devices if one.host_path.startswith("/dev/tenstorrent/")]
+    return [one for one in devices if one.host_path.startswith(f"{DEVICES}/")]
 
 
 def leads_to(discovery: Discovery, path: str, chips: Iterable[Chip]) -> bool:
     """Whether a host path is the device node of one of `chips` now."""
-    seen_here = f"{discovery.dev_folder}/{path.removeprefix('/dev/tenstorrent/')}"
+    seen_here = f"{discovery.dev_folder}/{path.removeprefix(f'{DEVICES}/')}"
     for chip in chips:
         if is_device_node(seen_here, chip.dev):
             return True
-        # A link of the chip's own that is missing: udev is about to make it again.
-        if path.endswith(f"/by-id/{chip.id}") and not os.path.lexists(seen_here):
+        # A link of the chip's own that leads nowhere: udev is about to make it again.
+        if path.endswith(f"/by-id/{chip.id}") and not os.path.exists(seen_here):
             return True
     return False
 
@@ -2059,26 +2093,36 @@ def find_wrong_replay(
     return ""
 
 
-# The IDs that this plugin gives: each stands for the same hardware at all times.
-OWN_ID = re.compile(rf"[a-z0-9]+-[0-9A-F]{{16}}|{PCI_ADDRESS.pattern}")
+def holds_card(
+    discovery: Discovery, holding: Holding, card: Card, present_ids: set[str]
+) -> bool:
+    """Whether a container holds `card`, under whatever resource or ID.
 
-
-def holds_card(discovery: Discovery, holding: Holding, card: Card) -> bool:
-    """Whether a container holds `card`, under whatever resource or ID."""
-    names = {card.id}
-    for chip in card.chips:
-        names |= {chip.id, chip.pci}
+    `present_ids` are the IDs of all cards that are there now.
+    """
+    addresses = {chip.pci for chip in card.chips}
+    names = {card.id} | addresses | {chip.id for chip in card.chips}
     if holding.ids & names:
         return True
-    if all(OWN_ID.fullmatch(card_id) for card_id in holding.ids):
+    if holding.ids <= present_ids:  # other cards, that are there
         return False
-    # Another plugin's IDs, such as "0", do not say which hardware that is.
+
+    # IDs that stand for nothing now: another plugin's, such as "0", or of a time when
+    # the driver told more or less of the chip. This plugin's answers have PCI
+    # addresses.
+    given_addresses: set[str] = set()
+    for variable, value in holding.answer.envs.items():
+        if variable.startswith("PCIDEVICE_"):
+            given_addresses.update(value.split(","))
+    if given_addresses:
+        return not given_addresses.isdisjoint(addresses)
     paths = [device.host_path for device in given_devices(holding)]
     return any(leads_to(discovery, path, card.chips) for path in paths)
 
 
 def find_conflict(
     discovery: Discovery,
+    snapshot: Snapshot,
     resource: str,
     cards: Sequence[Card],
     record: Iterable[Holding],
@@ -2092,7 +2136,7 @@ def find_conflict(
         (own if is_own else others).append(holding)
 
     for holding in own:
-        # An init container of the Pod may have held more cards: that is not its turn.
+        # An init container of the Pod may have held more cards. It is not starting now.
         if holding.ids <= ids:
             held = [card for card in cards if card.id in holding.ids]
             problem = find_wrong_replay(discovery, holding, held)
@@ -2100,18 +2144,27 @@ def find_conflict(
                 return f"{', '.join(map(str, held))}: {problem}"
 
     own_pods = {holding.pod_uid for holding in own}
+    present_ids = {
+        card.id
+        for card in snapshot.cards
+        if card.verdict.kind not in ("gone", "returning")
+    }
     for holding in others:
         for card in cards:
             is_other_pod = holding.pod_uid not in own_pods
-            if is_other_pod and holds_card(discovery, holding, card):
-                names = ", ".join(sorted(holding.ids))
-                return (
-                    f"{card}: Pod {holding.pod_uid} holds it as {names} of "
-                    f"{holding.resource}, by the kubelet's record. Delete that Pod. If "
-                    "it has ended already, delete this one: the kubelet forgets Pods "
-                    "that have ended when it admits a new one"
-                )
+            if is_other_pod and holds_card(discovery, holding, card, present_ids):
+                return describe_holder(card, holding)
     return ""
+
+
+def describe_holder(card: Card, holding: Holding) -> str:
+    """Who else holds a card, and what to do."""
+    ids = ", ".join(sorted(holding.ids))
+    return (
+        f"{card}: Pod {holding.pod_uid} holds it as {ids} of {holding.resource}, by "
+        "the kubelet's record. Delete that Pod. If it has ended already, delete this "
+        "one: the kubelet forgets Pods that have ended when it admits a new one"
+    )
 
 
 Result = TypeVar("Result")
@@ -2202,6 +2255,19 @@ def topology_path(card: Card, trays: Mapping[str, str]) -> tuple[str, ...]:
     return (numa, *above, chip.pci)
 
 
+def healthy_paths(
+    cards: Mapping[str, Card], ids: Iterable[str]
+) -> dict[tuple[str, ...], str]:
+    """The path of each healthy card among these IDs -> its ID."""
+    trays = galaxy_trays(cards.values())
+    id_at = {}
+    for card_id in ids:
+        card = cards.get(card_id)
+        if card and card.verdict.health == HEALTHY:
+            id_at[topology_path(card, trays)] = card_id
+    return id_at
+
+
 def shared_levels(one: tuple[str, ...], other: tuple[str, ...]) -> int:
     """How many levels two paths have in common, from the top."""
     levels = 0
@@ -2251,11 +2317,7 @@ def preferred_allocation(
         )
         raise Refusal(StatusCode.INVALID_ARGUMENT, sentence)
 
-    trays = galaxy_trays(cards.values())
-    id_at = {}  # the path of each healthy card -> its ID
-    for card_id in asked & cards.keys():
-        if cards[card_id].verdict.health == HEALTHY:
-            id_at[topology_path(cards[card_id], trays)] = card_id
+    id_at = healthy_paths(cards, asked)
     fixed = sorted(path for path, card_id in id_at.items() if card_id in required)
 
     # Of the lost ones: those that are required, and as many as it would lack.
@@ -2451,7 +2513,7 @@ class Sensor(NamedTuple):
     folder: str  # class, pci or hwmon: that device's; proc: the driver's
     file: str
     largest: float  # plausible value, in the file's unit
-    divisor: float  # the file's unit is so many times smaller than the metric's
+    divisor: float  # what to divide by, to get the metric's unit
     help: str
     parse: Callable[[str], float] = whole_number
 
@@ -2672,7 +2734,7 @@ class Metrics:
         """
         numbers = re.findall("[0-9]+", self.inventory.snapshot.driver)
         version = [int(number) for number in numbers]
-        answers = reader.polls_since_read < 2
+        answers = reader.has_read.is_set() and reader.polls_since_read < 2
         return version >= [2, 7] and answers and reader not in self._reading
 
     def _add_sensors(
@@ -3140,7 +3202,7 @@ def fake_address(model: FakeModel, board: int, index: int) -> str:
 
 
 def make_fake_tree(top: Path, cards: Mapping[str, int]) -> None:
-    """Lay out so many cards of each model in `top`."""
+    """Lay out these cards, a number for each model, in `top`."""
     index = 0
     for name, count in cards.items():
         model = FAKE_CARDS[name]

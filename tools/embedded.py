@@ -66,8 +66,8 @@ def write_shell(path: Path, folder: Path) -> None:
 
 def write_python(path: Path, folder: Path) -> None:
     """Writes what a manifest's containers give to `python3 -c`."""
-    manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for container in manifest["spec"]["template"]["spec"]["containers"]:
+    *_, daemonset = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    for container in daemonset["spec"]["template"]["spec"]["containers"]:
         python, option, program = container["command"]
         if (python, option) != ("python3", "-c"):
             sys.exit(f"{path.name}: the command is not python3 -c PROGRAM")

@@ -39,7 +39,7 @@ main()
 IMPORTS = """\
 import sys
 sys.path.insert(0, sys.argv[1])
-import tt_device_plugin, http.server, ipaddress, shutil, tempfile
+import tt_device_plugin, tempfile
 for module in list(sys.modules.values()):
     print(getattr(module, "__file__", None))
 """
