@@ -124,7 +124,7 @@ def summary(snapshot: tt.Snapshot) -> str:
     return re.sub(r"([0-9A-F])\1{15}", r"\1", text)
 
 
-# ==== Section 3. Cards: chips -> cards -> the next snapshot; who reads and polls ======
+# ==== Section 5. Cards: chips -> cards -> the next snapshot; who reads and polls ======
 
 
 def make_chip(
@@ -368,7 +368,7 @@ def judged(word: str) -> tt.JudgedChip:
     ... then the other          a b; a; b        p300 P300 0,1 -half\
   only 0000:04.*; the other one, 0000:03.*, is missing
     ... one is back, not known  a b; a; a b@5?   p300 P300 0,1 -half,\
- - 0000:04:00.0 5 ?pending  ; the other one, 0000:04.*, is back, .*: its telemetry
+ - 0000:04:00.0 5 ?pending  ; the other one, 0000:04.*, is there, .*: its telemetry
     ... none is known           a b; a? b?       p300 P300 0,1 -returning,\
  - 0000:03:00.0 0 ?pending, - 0000:04:00.0 1 ?pending  at 0000:03.*: its telemetry
     ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
@@ -452,6 +452,31 @@ def test_an_offered_card_keeps_its_model() -> None:
     (card,) = snapshot.cards
     assert card.verdict.kind == "pending"
     assert card.model == "n150"
+
+
+def test_half_a_card_says_where_the_other_chip_is() -> None:
+    """Also if that has no class device, as no driver takes it."""
+    chip = tt.Chip(CHIPS["b"].pci)
+    without_driver = tt.JudgedChip(chip, tt.make_verdict("no-driver", driver="none"))
+    snapshot = tt.Snapshot()
+    for seen in ([judged("a"), judged("b")], [judged("a"), without_driver]):
+        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), 0.0)
+    card = snapshot.cards[0]
+    assert card.verdict.kind == "half"
+    there = "0000:04:00.0, is there, but not identified: it has no device node"
+    assert there in card.verdict.reason
+
+
+@pytest.mark.parametrize("newer", [4, 5])
+def test_of_two_class_devices_of_a_chip_the_newer_counts(newer: int) -> None:
+    """In sysfs that is the one with the higher inode number, whatever its N is."""
+    seen = []
+    for index in (5, 4):
+        inode = 8 if index == newer else 7
+        chip = replace(CHIPS["n"], unidentified="", index=index, inode=inode)
+        seen.append(tt.JudgedChip(chip, tt.make_verdict("ok")))
+    snapshot = tt.next_snapshot(tt.Snapshot(), seen, tt.Settings(), 0.0)
+    assert summary(snapshot) == f"n150 wormhole-1 {newer} +ok"
 
 
 class Acme:
@@ -570,13 +595,19 @@ def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
     acme.reads_that_return = dict.fromkeys(range(2, 32), 0)
     for promised in (2.5, 0.1):
         began = time.monotonic()
-        assert acme.poll() == {"ok": 2, "read-hangs": 30}
+        assert acme.poll() == {"ok": 2, "pending": 30}
         bound(f"a poll within {promised} s", time.monotonic() - began, promised)
-    offered = [card.id for card in acme.inventory.snapshot.cards if card.resource]
-    assert offered == ["acme-0", "acme-1"]
 
+
+def test_a_new_chip_that_hangs_is_offered_when_it_answers(acme: Acme) -> None:
+    """It is told as one that hangs, once it has for long, but it is no card before."""
+    acme.there = [1]
+    acme.reads_that_return = {1: 0}
+    wait_until(lambda: acme.poll() == {"read-hangs": 1})
+    assert not acme.inventory.snapshot.resources
     acme.released.set()
-    assert acme.poll_after_reads() == {"ok": 32}
+    assert acme.poll_after_reads() == {"ok": 1}
+    assert acme.inventory.snapshot.resources == ["x.org/x1"]
 
 
 @rows(
