@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc.aio
 import hypothesis
@@ -124,344 +124,7 @@ def summary(snapshot: tt.Snapshot) -> str:
     return re.sub(r"([0-9A-F])\1{15}", r"\1", text)
 
 
-# ==== Section 3. Discovery: what sysfs says of chips ==================================
-
-UNIDENTIFIED = tt.Chip(FIRST.pci, 0)  # the first chip before it is identified
-UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
-NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
-# What no ASIC id or serial looks like: a dead bus, empty fuses, lower case, too short.
-NO_ID = ("F" * 16, "0" * 16, "0d0cb6f1e7a50001", "D0CB6F1E7A50001")
-
-
-@contextlib.contextmanager
-def just_before(
-    function: Any, do: Callable[[int], object], error: int = 0
-) -> Iterator[None]:
-    """Run do(0), do(1) and so on just before this thread calls a built-in function.
-
-    With `error` the call then fails with it, as only drivers make it fail.
-    """
-    calls = itertools.count()
-
-    def profile(frame: object, event: str, called: object) -> None:
-        if event == "c_call" and called is function:
-            do(next(calls))
-            if error:
-                raise OSError(error, "")
-
-    sys.setprofile(profile)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-
-
-@rows(
-    "file, fact, why_unknown, without_file",
-    """
-    card type      tt_card_type             card_type  pending       pending
-    ASIC id        tt_asic_id               asic_id    unidentified
-    serial         tt_serial                serial
-    firmware       tt_fw_bundle_ver         firmware
-    device number  dev                      dev        pending       pending
-    architecture   device/device            arch       unidentified  unidentified
-    IOMMU          device/iommu_group/type  iommu
-    NUMA node      device/numa_node         numa_node
-    """,
-)
-def test_each_fact_of_a_chip_is_one_file(
-    workdir: Path, file: str, fact: str, why_unknown: str, without_file: str
-) -> None:
-    """A file that is missing or makes no sense costs its fact only.
-
-    Of ASIC ids it is known where there are none: such a chip goes by its PCI address.
-    """
-    tree = Tree(workdir, [FIRST])
-    whole = tt.Chip(
-        FIRST.pci,
-        0,
-        dev="1:3",
-        arch="wormhole",
-        card_type="n150",
-        asic_id=FIRST.asic_id,
-        serial=FIRST.serial,
-        firmware="80.17.0.0",
-        numa_node=0,
-        iommu="DMA-FQ",
-        unknown="",
-    )
-    read = functools.partial(inventory_of(tree).discovery.read, UNIDENTIFIED)
-    assert read() == (whole, tt.Reading(1_000_000))
-
-    lacking: dict[str, Any] = {fact: getattr(UNIDENTIFIED, fact)}
-    reading = tt.Reading(1_000_000, "no-node" if file == "dev" else "")
-    path = tree.entry(FIRST.pci) / file
-    for text in NONSENSE + NO_ID * (file in ("tt_asic_id", "tt_serial")):
-        path.unlink()
-        if text == UNREADABLE:
-            path.symlink_to(UNREADABLE)
-        else:
-            tree.set(FIRST.pci, file, text.encode("latin-1"))
-        assert read() == (replace(whole, **lacking, unknown=why_unknown), reading), text
-    path.unlink()
-    assert read() == (replace(whole, **lacking, unknown=without_file), reading)
-
-
-@rows(
-    "text, heartbeat, fault, detail",
-    """
-    it beats           5            5           -           -
-    no such file       -            -           -           ENOENT
-    all ones           4294967295   4294967295  bus-dead    -
-    no number          N/A          -           unreadable  not a number
-    11 digits          10000000000  -           unreadable  not a number
-    a policy's EACCES  EACCES       -           unreadable  EACCES
-    in a reset         ENODATA      -           resetting   ENODATA
-    detached           ENODEV       -           gone        ENODEV
-    """,
-)
-def test_what_a_heartbeat_says(
-    workdir: Path, text: str, heartbeat: str, fault: str, detail: str
-) -> None:
-    """A device node that is missing, or another device, is told after what is worse."""
-    tree = Tree(workdir, [FIRST])
-    error = getattr(errno, text, 0)
-    fault = fault.strip("-")
-    if not error:
-        tree.set(FIRST.pci, "tt_heartbeat", text.strip("-") or None)
-    discovery = inventory_of(tree).discovery
-    chip = replace(UNIDENTIFIED, dev="1:3")
-    for node in ("/dev/null", "/dev/zero", "/dev", "nowhere"):
-        relink(tree.node(FIRST.pci), node)
-        found = fault
-        if node != "/dev/null" and fault in ("", "unreadable"):
-            found = "no-node"
-        beat = None if heartbeat == "-" else int(heartbeat)
-        expected = (beat, found, detail.strip("-"))
-        with just_before(os.read, bool, error):
-            assert discovery.read_health(chip) == expected
-
-
-def test_a_folder_is_no_device_node(workdir: Path) -> None:
-    """Even where it has the device number of the chip."""
-    assert not tt.is_device_node(str(workdir), "0:0")
-
-
-def test_a_late_asic_id_is_waited_for(workdir: Path) -> None:
-    """The driver makes its files one after another: the type may be there first."""
-    tree = Tree(workdir, [replace(FIRST, asic_id="")])
-    path = tree.entry(FIRST.pci) / "tt_asic_id"
-
-    def appear(call: int) -> None:
-        if call == 2:
-            path.write_text("A" * 16)
-
-    with just_before(os.open, appear):
-        chip, _ = inventory_of(tree).discovery.read(UNIDENTIFIED)
-    assert chip.card_id == "wormhole-" + "A" * 16
-
-
-def test_an_identified_chip_has_one_file_read(workdir: Path) -> None:
-    """Its heartbeat, nothing else: before driver 2.7 a read could oops the kernel."""
-    tree = Tree(workdir, [FIRST])
-    discovery = inventory_of(tree).discovery
-    chip, _ = discovery.read(UNIDENTIFIED)
-    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
-    opened = list[int]()
-    open_files = len(os.listdir("/proc/self/fd"))
-    with just_before(os.open, opened.append):
-        again, _ = discovery.read(chip)
-    assert again == chip
-    assert opened == [0]
-    assert len(os.listdir("/proc/self/fd")) == open_files
-
-
-def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
-    """Not while the bus is dead, which shows none."""
-    tree = Tree(workdir, [FIRST])
-    discovery = inventory_of(tree).discovery
-    chip, _ = discovery.read(UNIDENTIFIED)
-    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
-    with just_before(os.read, bool, errno.ENODATA):
-        resetting, _ = discovery.read(chip)
-    assert resetting == replace(chip, firmware="")
-    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
-    assert discovery.read(resetting)[0] == resetting
-    tree.set(FIRST.pci, "tt_heartbeat", "5")
-    assert discovery.read(resetting)[0] == replace(chip, firmware="80.18.0.0")
-
-
-def test_a_chip_that_was_probed_anew_is_identified_anew(workdir: Path) -> None:
-    """It is told by the inode of its folder, whose times sysfs makes up."""
-    tree = Tree(workdir, [FIRST])
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    before = inventory.snapshot.cards
-    entry = tree.entry(FIRST.pci)
-    tree.set(FIRST.pci, "tt_serial", "A" * 16)
-    os.utime(entry, (1, 1))
-    inventory.poll(1.0)
-    assert inventory.snapshot.cards == before
-
-    shutil.copytree(entry, tree.drafts / "new", symlinks=True)
-    entry.rename(tree.drafts / "old")
-    (tree.drafts / "new").rename(entry)
-    inventory.poll(2.0)
-    (card,) = inventory.snapshot.cards
-    assert card.chips[0].serial == "A" * 16
-
-
-def test_what_in_the_class_is_a_chip(workdir: Path) -> None:
-    """An entry of the driver's form that leads to a PCI function, wherever it is."""
-    tree = Tree(workdir, [FIRST])
-    folder = tree.sys / "class/tenstorrent"
-    bridges = ("pci10000:40", "10000:40:01.1", "10000:41:00.0")
-    below = tree.sys.joinpath("devices", *bridges, "10000:42:00.0")
-    below.mkdir(parents=True)
-    for name in (
-        "by-id",
-        *(f"tenstorrent!{n}" for n in ("", "x", "00", "0x", "1" * 7)),
-    ):
-        (folder / name).symlink_to(tree.entry(FIRST.pci))
-    (folder / "tenstorrent!2").symlink_to("nowhere")
-    for index, target in enumerate((str(below), "device", "/", ".."), start=13):
-        (folder / f"tenstorrent!{index}").mkdir()
-        (folder / f"tenstorrent!{index}/device").symlink_to(target)
-    found = inventory_of(tree).discovery.chips()
-    assert sorted((chip.index, chip.pci, chip.pci_path) for chip in found) == [
-        (0, FIRST.pci, ("pci0000:01",)),
-        (13, "10000:42:00.0", bridges),
-    ]
-
-
-def test_a_class_that_cannot_be_listed_is_an_error(workdir: Path) -> None:
-    """It is not taken for a node without cards."""
-    tree = Tree(workdir, [FIRST])
-    shutil.rmtree(tree.sys / "class")
-    (tree.sys / "class").symlink_to("class")
-    with pytest.raises(OSError, match="symbolic links"):
-        inventory_of(tree).discovery.chips()
-
-
-def test_pci_functions_without_a_class_device_are_listed(workdir: Path) -> None:
-    """With the driver that has them, and not offered.
-
-    One that the right driver has is pending: it is bound a moment before the device
-    node is there.
-    """
-    tree = Tree(workdir, N150)
-    tree.remove(SECOND.pci, driver="vfio-pci")
-    tree.remove(THIRD.pci, driver="tenstorrent")
-    tree.remove(FOURTH.pci, driver="x")
-    (tree.pci(FOURTH.pci) / "driver").unlink()
-    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
-    snapshot = inventory_of(tree).poll(0.0)
-    assert summary(snapshot) == (
-        f"n150 {FIRST.id} 0 +ok, - 0000:02:00.0  ?no-driver, "
-        "- 0000:41:00.0  ?pending, - 0000:c1:00.0  ?no-driver"
-    )
-    _, vfio, _, none = snapshot.cards
-    assert " is vfio-pci, not" in vfio.verdict.reason
-    assert " is none, not" in none.verdict.reason
-    assert vfio.chips[0].arch == "wormhole"
-
-
-def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
-    """A card comes, and no driver takes it: no class device has come or gone."""
-    tree = Tree(workdir, [FIRST])
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
-    tree.write(tree.sys / "bus/pci/devices/0000:98:00.0/vendor", "0x1e52\n")
-    inventory.poll(1.0)
-    assert inventory.snapshot.driver == "2.11.0"
-    expected = f"n150 {FIRST.id} 0 +ok, - 0000:98:00.0  ?no-driver"
-    assert summary(inventory.snapshot) == expected
-
-
-# ==== Section 4. Health: README's table, row by row ===================================
-
-NOT_IDENTIFIED = ("pending", "unidentified")  # why a chip may not be known
-FACTS = ("detail", "here", "missing", "driver")  # what reasons have beside the chip
-
-
-# A poll is: the time, what is read, and the kind of the verdict, "=" for the fault that
-# is read. What is read is a heartbeat, "-" for no file, a fault (with the heartbeat
-# after "/" if one is read, too), or why the chip is not identified.
-@rows(
-    "polls",
-    """
-    it changes, or begins anew     0 4294967294 ok, 1 0 ok, 99 7 ok, 200 3 ok
-    no file                        0 - ok, 50 - ok, 99 - ok, 999 - ok
-    gone until it is back          0 1 ok, 1 gone =, 99 gone =, 100 1 ok,\
- 101 - gone, 102 1 ok
-    hung: equal for over 12 s      0 1 ok, 4 1 ok, 8 1 ok, 12 1 ok, 12.1 1 hung,\
- 99 1 hung
-    ... and in 3 reads             0 1 ok, 30 1 ok, 31 1 ok, 32 1 hung
-    ... until 2 changes            0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
- 15 2 hung, 16 3 ok
-    ... and again                  0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
- 15 2 hung, 16 2 hung, 27 2 hung, 28 3 hung, 29 4 ok
-    ... and its files go           0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 - gone,\
- 15 2 hung
-    SIGSTOP is no silence          0 1 ok, 1 1 ok, 600 1 ok, 600.1 2 ok, 601 2 ok
-    a reset until 1 change after   0 1 ok, 1 resetting =, 2 7 resetting,\
- 3 7 resetting, 4 8 ok
-    ... then its files go          0 1 ok, 1 resetting =, 2 - resetting,\
- 3 1 resetting, 4 - gone
-    ... ends a hang                0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 resetting =,\
- 15 2 resetting, 16 3 ok
-    a dead bus until 1 change      0 1 ok, 1 bus-dead/4294967295 =, 2 1 bus-dead, 3 2 ok
-    no device node                 0 1 ok, 1 no-node/2 =, 14 no-node/3 =, 15 4 ok
-    ... while it hangs             0 1 ok, 4 1 ok, 8 1 ok, 13 no-node/1 =, 14 1 hung
-    a read hangs until it returns  0 1 ok, 2 read-hangs =, 99 read-hangs =, 100 1 ok
-    ... is no equal read           0 1 ok, 1 1 ok, 2 read-hangs =, 99 1 ok, 99.1 1 hung
-    not readable is not dead       0 1 ok, 1 unreadable =, 9 unreadable =,\
- 99 unreadable =, 100 1 ok
-    ... nor healed                 0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung,\
- 14 unreadable hung, 15 3 hung, 16 4 ok
-    no telemetry for 130 s         0 pending =, 130 pending =,\
- 130.1 pending no-telemetry, 132 1 ok
-    ... and a dead bus             0 bus-dead/4294967295 =, 200 pending no-telemetry
-    not identified                 0 unidentified =, 999 unidentified =, 1000 1 ok
-    ... and hung                   0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung,\
- 14 unidentified/2 =, 15 2 hung
-    """,
-)
-def test_health_from_poll_to_poll(polls: str) -> None:
-    """README's table "Health", in both directions."""
-    history = tt.HealthHistory(1e6)
-    for poll in polls.split(", "):
-        now, seen, kind = poll.split()
-        fault = ""
-        heartbeat = seen
-        if seen[0].isalpha():
-            fault, _, heartbeat = seen.partition("/")
-        why = fault if fault in NOT_IDENTIFIED else ""
-        chip = replace(UNIDENTIFIED, unknown=why)
-        beat = int(heartbeat) if heartbeat.isdigit() else None
-        reading = tt.Reading(beat, "" if why else fault)
-        verdict = history.update(chip, reading, 1e6 + float(now))
-        assert verdict.kind == (fault if kind == "=" else kind), f"at {now}"
-
-
-@rows(
-    "health, kinds",
-    """
-    healthy      Healthy    ok unreadable
-    not offered  pending    pending no-telemetry unidentified half same-id no-driver
-    unhealthy    Unhealthy  gone resetting bus-dead no-node hung read-hangs
-    """,
-)
-def test_health_of_each_kind(health: str, kinds: str) -> None:
-    """A kind of verdict has one health, if its card was never offered."""
-    facts: dict[str, Any] = {"chip": FIRST, **dict.fromkeys(FACTS, "x")}
-    for kind in kinds.split():
-        verdict = tt.make_verdict(kind, **facts) if kind != "ok" else tt.Verdict()
-        assert verdict.health == health, kind
-
-
-# ==== Section 5. Cards: no chip under two IDs; what becomes of a card =================
+# ==== Section 5. Cards: chips -> cards -> the next snapshot; who reads and polls ======
 
 
 def make_chip(
@@ -522,7 +185,7 @@ NODE = [
     )
 ]
 # What files say while a chip fails, is reset, or (the last) starts. The ASIC id comes
-# with the type (test_a_late_asic_id_is_waited_for), and a type is known if the serial
+# with the type (test_the_files_may_come_one_by_one), and a type is known if the serial
 # is.
 WRONG: list[dict[str, Any]] = [
     {},
@@ -534,7 +197,10 @@ WRONG: list[dict[str, Any]] = [
 # A chip in one poll: away (None), or which of WRONG it is (mostly none), with a fault.
 SEEN_AS = st.sampled_from((0, 0, 0, 0, *range(len(WRONG))))
 FAULTS = st.sampled_from(
-    ("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs", "unreadable")
+    (
+        *("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs"),
+        *("unreadable", "no-heartbeat"),
+    )
 )
 STATE = st.none() | st.tuples(SEEN_AS, FAULTS)
 # A poll: whether the plugin has just been started, how far chips have moved, all
@@ -543,24 +209,33 @@ POLL = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NODE
 NOTHING_WRONG = (False, 0, [(0, "")] * len(NODE))
 
 
-@pytest.fixture
-def identified(workdir: Path) -> list[list[tt.Chip]]:
+@pytest.fixture(scope="module")
+def identified(tmp_path_factory: pytest.TempPathFactory) -> list[list[tt.Chip]]:
     """What discovery makes of NODE's chips if all are wrong in one way: each way."""
-    chips = [tt.Chip(chip.pci, chip.index) for chip, _ in NODE]
+    folder = tmp_path_factory.mktemp("wrong")
     found = []
     with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
         for number, wrong in enumerate(WRONG):
-            tree = Tree(
-                workdir / f"{number}", [replace(chip, **wrong) for chip, _ in NODE]
-            )
-            found.append(list(pool.map(inventory_of(tree).discovery.identify, chips)))
+            chips = [replace(chip, **wrong) for chip, _ in NODE]
+            discovery = inventory_of(Tree(folder / f"{number}", chips)).discovery
+            there = [discovery.chip_at(chip.index) for chip in chips]
+            found.append([chip for chip, _ in pool.map(discovery.read, there)])
     return found
+
+
+class Step(NamedTuple):
+    """One poll, and what came of it."""
+
+    old: tt.Snapshot
+    judged: list[tt.JudgedChip]
+    owners: dict[str, str]  # PCI address -> the card in NODE whose chip is there
+    new: tt.Snapshot
 
 
 def judge_poll(
     identified: list[list[tt.Chip]], shift: int, states: Sequence[Any], now: float
-) -> tuple[list[tt.Judged], dict[str, str]]:
-    """What is judged in one poll, and whose chip is at which PCI address."""
+) -> tuple[list[tt.JudgedChip], dict[str, str]]:
+    """What is judged in one poll, and the owners."""
     poll = []
     owners = {}
     for number, state in enumerate(states):
@@ -569,57 +244,98 @@ def judge_poll(
             pci = f"0000:{(number + shift) % len(NODE):02x}:00.0"
             chip = identified[seen_as][number]
             chip = replace(chip, pci=pci, index=number ^ shift)
-            verdict = tt.HealthHistory(0.0).update(chip, tt.Reading(1, fault), now)
-            poll.append((chip, verdict))
+            reading = tt.Reading(1, fault, changed=True)
+            history = tt.HealthHistory(0.0)
+            history.observe(reading, now)
+            poll.append(tt.JudgedChip(chip, history.verdict(chip, reading, now)))
             _, owners[pci] = NODE[number]
     return poll, owners
 
 
-@hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-@given(
-    polls=st.lists(POLL, min_size=1, max_size=6),
-    order=st.randoms(use_true_random=False),
-)
-@hypothesis.example(  # halves without a serial
-    polls=[(False, 0, [(-2, "")] * 2)], order=random.Random(0)
-)
-def test_no_chip_is_healthy_under_two_ids(
-    identified: list[list[tt.Chip]], polls: list[Any], order: random.Random
-) -> None:
-    """Whatever chips do, and if the plugin forgets all.
-
-    A Healthy card has its hardware's name and all its chips. What was offered stays, no
-    chip is left out, and the order of reading means nothing.
-    """
+def take_steps(identified: list[list[tt.Chip]], polls: list[Any]) -> Iterator[Step]:
+    """The steps of these polls, and one in which nothing is wrong any more."""
     snapshot = tt.Snapshot()
     for now, (restarted, shift, states) in enumerate([*polls, NOTHING_WRONG]):
         old = tt.Snapshot() if restarted else snapshot
         poll, owners = judge_poll(identified, shift, states, now)
         snapshot = tt.next_snapshot(old, poll, tt.Settings(), now)
-        shuffled = order.sample(poll, len(poll))
-        assert snapshot == tt.next_snapshot(old, shuffled, tt.Settings(), now)
-        names = [" ".join(card.split()[:2]) for card in summary(snapshot).split(", ")]
-        for card, name in zip(snapshot.cards, names, strict=False):
+        yield Step(old, poll, owners, snapshot)
+
+
+def name_of(card: tt.Card) -> str:
+    """Its resource and ID, as in NODE."""
+    resource, card_id, *_ = summary(tt.Snapshot((card,))).split(" ")
+    return f"{resource} {card_id}"
+
+
+def whatever_chips_do(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on all sorts of polls. In between, the plugin may be restarted."""
+    no_checks = list(hypothesis.HealthCheck)
+    settings = hypothesis.settings(deadline=None, suppress_health_check=no_checks)
+    two_halves_without_a_serial = [(-2, "")] * 2
+    example = hypothesis.example(polls=[(False, 0, two_halves_without_a_serial)])
+    return settings(example(given(polls=st.lists(POLL, min_size=1, max_size=6))(test)))
+
+
+@whatever_chips_do
+def test_no_chip_is_healthy_under_two_ids(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """A Healthy card has its hardware's name and all its chips, at all times."""
+    for step in take_steps(identified, polls):
+        for card in step.new.cards:
             if card.verdict.health == "Healthy":
                 size = 2 if card.model == "p300" else 1
-                assert [owners.get(chip.pci) for chip in card.chips] == [name] * size
-        ids = {card.id for card in snapshot.cards}
-        assert len(ids) == len(snapshot.cards)
-        assert ids >= {card.id for card in old.cards if card.resource}
-        listed = {chip.pci for card in snapshot.cards for chip in card.chips}
-        assert listed >= owners.keys()
-    well = {
-        name
-        for card, name in zip(snapshot.cards, names, strict=True)
-        if card.verdict.kind == "ok"
-    }
+                owners = [step.owners.get(chip.pci) for chip in card.chips]
+                assert owners == [name_of(card)] * size
+
+
+@whatever_chips_do
+def test_each_chip_is_listed_once(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """No two cards have one ID, and each chip is in one."""
+    for step in take_steps(identified, polls):
+        ids = [card.id for card in step.new.cards]
+        assert len(set(ids)) == len(ids)
+        listed = {chip.pci for card in step.new.cards for chip in card.chips}
+        assert listed >= step.owners.keys()
+
+
+@whatever_chips_do
+def test_what_was_offered_stays(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """Under its ID and resource, until the plugin is restarted."""
+    for step in take_steps(identified, polls):
+        offered = {(card.id, card.resource) for card in step.old.cards if card.resource}
+        assert offered <= {(card.id, card.resource) for card in step.new.cards}
+
+
+@whatever_chips_do
+def test_the_order_of_reading_means_nothing(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """Chips are found and read in any order."""
+    for now, step in enumerate(take_steps(identified, polls)):
+        backwards = step.judged[::-1]
+        assert step.new == tt.next_snapshot(step.old, backwards, tt.Settings(), now)
+
+
+@whatever_chips_do
+def test_all_is_well_when_nothing_is_wrong_any_more(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """No card keeps anything of what was wrong."""
+    *_, last = take_steps(identified, polls)
+    well = {name_of(card) for card in last.new.cards if card.verdict.kind == "ok"}
     assert well == {name for _, name in NODE} - {NOT_PAIRED}
 
 
 WORD = re.compile(r"(.)(?:@(.))?(?:/(..))?(\??)=?(.*)")
 
 
-def judged(word: str) -> tt.Judged:
+def judged(word: str) -> tt.JudgedChip:
     """A chip in one poll, by its letter in CHIPS and how it differs from there.
 
     "@5" is its N, "/09" its bus; "?" if it is not identified; "=hung" the kind.
@@ -627,13 +343,13 @@ def judged(word: str) -> tt.Judged:
     match = WORD.fullmatch(word)
     assert match
     letter, index, bus, unknown, kind = match.groups(default="")
-    chip = CHIPS[letter]
+    chip = replace(CHIPS[letter], unidentified="")
     if unknown:
-        chip = replace(chip, arch="", card_type="", asic_id="")
         kind = kind or "pending"
+        chip = replace(chip, arch="", card_type="", asic_id="", unidentified="pending")
     pci = f"0000:{bus}:00.0" if bus else chip.pci
-    chip = replace(chip, pci=pci, index=int(index or chip.index), unknown=unknown)
-    return chip, tt.make_verdict(kind, chip=chip, detail="") if kind else tt.Verdict()
+    chip = replace(chip, pci=pci, index=int(index or chip.index))
+    return tt.JudgedChip(chip, tt.make_verdict(kind or "ok", chip=chip, detail=""))
 
 
 # Polls are separated by ";". What is expected is the summary of the last one, and what
@@ -644,16 +360,22 @@ def judged(word: str) -> tt.Judged:
     """
     a p300 is one card  a b                      p300 P300 0,1 +ok  ^ since 0$
     half a p300 is no card      a                - P300 0 ?half\
-  only 0000:03.*: the other one
+  only 0000:03.*; the other one is missing
+    ... the other not known     a b?             - P300 0 ?half,\
+ - 0000:04:00.0 1 ?pending  ; the other one may be 0000:04.*, which is not id
     it loses a half             a b; a           p300 P300 0,1 -half\
-  only 0000:03.*: 0000:04
+  only 0000:03.*; the other one, 0000:04.*, is missing
     ... then the other          a b; a; b        p300 P300 0,1 -half\
-  only 0000:04.*: 0000:03
+  only 0000:04.*; the other one, 0000:03.*, is missing
     ... one is back, not known  a b; a; a b@5?   p300 P300 0,1 -half,\
- - 0000:04:00.0 5 ?pending
+ - 0000:04:00.0 5 ?pending  ; the other one, 0000:04.*, is there, .*: its telemetry
+    ... none is known           a b; a? b?       p300 P300 0,1 -returning,\
+ - 0000:03:00.0 0 ?pending, - 0000:04:00.0 1 ?pending  at 0000:03.*: its telemetry
     ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
     one half in trouble         a=gone b=unreadable  p300 P300 0,1 -gone\
   ^chip 0000:03.*: it is
+    ... beside a note           a=unreadable b=gone  p300 P300 0,1 -gone\
+  ^chip 0000:04.*: it is
     a note about one half       a b=unreadable   p300 P300 0,1 +unreadable\
   ^chip 0000:04.*: its
     two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
@@ -667,11 +389,17 @@ def judged(word: str) -> tt.Judged:
     ... in another slot         n; n/09 m/01     n150 wormhole-2 6 +ok,\
  n150 wormhole-1 5 +ok
     late telemetry              n?; n            n150 wormhole-1 5 +ok
-    not to be identified now    n; n?            n150 wormhole-1 5 -gone,\
- - 0000:01:00.0 5 ?pending
+    it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry.*since 1$
+    ... as the bus is dead      n; n?=bus-dead   n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 5 -bus-dead  back at 0000:01:00.0, .*: its PCIe bus answers
     by PCI address, in a reset  x; x@3?          n150 0000:01:00.0 3 -pending
+    ... and its ASIC id comes   x; n             n150 wormhole-1 5 +ok,\
+ n150 0000:01:00.0 5 -gone
     a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
     seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
+    ... the higher N is gone    n n@7=gone       n150 wormhole-1 5 +ok
+    ... both are gone           n=gone n@7=gone  n150 wormhole-1 7 -gone
     by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
  n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
     since it was first there    n; n=unreadable  n150 wormhole-1 5 +unreadable\
@@ -697,20 +425,79 @@ def test_what_becomes_of_a_card(polls: str, expected: str, reason: str) -> None:
         assert re.search(reason, f"{card.verdict.reason} since {card.since:.0f}")
 
 
+def test_an_offered_card_keeps_its_resource() -> None:
+    """Also if its model becomes known, which a restart of the plugin takes up.
+
+    The kubelet records by resource and ID who holds a card.
+    """
+    unknown = replace(CHIPS["u"], unidentified="")
+    known = replace(unknown, card_type="n150")
+
+    def poll(old: tt.Snapshot, chip: tt.Chip) -> tt.Snapshot:
+        seen = [tt.JudgedChip(chip, tt.make_verdict("ok"))]
+        return tt.next_snapshot(old, seen, tt.Settings(), 0.0)
+
+    (card,) = poll(poll(tt.Snapshot(), unknown), known).cards
+    assert card.resource == "tenstorrent.com/wormhole"
+    assert card.model == "n150"
+    (card,) = poll(tt.Snapshot(), known).cards
+    assert card.resource == R150
+
+
+def test_an_offered_card_keeps_its_model() -> None:
+    """Also while its chip is there and cannot be identified, such as in a reset."""
+    snapshot = tt.Snapshot()
+    for word in ("x", "x?"):
+        snapshot = tt.next_snapshot(snapshot, [judged(word)], tt.Settings(), 0.0)
+    (card,) = snapshot.cards
+    assert card.verdict.kind == "pending"
+    assert card.model == "n150"
+
+
+def test_half_a_card_says_where_the_other_chip_is() -> None:
+    """Also if that has no class device, as no driver takes it."""
+    chip = tt.Chip(CHIPS["b"].pci)
+    without_driver = tt.JudgedChip(chip, tt.make_verdict("no-driver", driver="none"))
+    snapshot = tt.Snapshot()
+    for seen in ([judged("a"), judged("b")], [judged("a"), without_driver]):
+        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), 0.0)
+    card = snapshot.cards[0]
+    assert card.verdict.kind == "half"
+    there = "0000:04:00.0, is there, but not identified: it has no device node"
+    assert there in card.verdict.reason
+
+
+@pytest.mark.parametrize("newer", [4, 5])
+def test_of_two_class_devices_of_a_chip_the_newer_counts(newer: int) -> None:
+    """In sysfs that is the one with the higher inode number, whatever its N is."""
+    seen = []
+    for index in (5, 4):
+        inode = 8 if index == newer else 7
+        chip = replace(CHIPS["n"], unidentified="", index=index, inode=inode)
+        seen.append(tt.JudgedChip(chip, tt.make_verdict("ok")))
+    snapshot = tt.next_snapshot(tt.Snapshot(), seen, tt.Settings(), 0.0)
+    assert summary(snapshot) == f"n150 wormhole-1 {newer} +ok"
+
+
 class Acme:
     """Another vendor's discovery, as README's "For another vendor's card" asks for."""
 
-    driver_version = str  # there is none
-    pci_functions: Any = staticmethod(lambda known: [])  # nor a chip without it
-
-    def __init__(self, folder: Path, *there: int) -> None:
+    def __init__(self, folder: Path, poll_seconds: float = 0.02) -> None:
         self.dev_folder = str(folder)
-        self.there = list(there)
+        self.there: list[int] = []  # N of each chip
+        self.reads = Counter[int]()  # by N: how many have begun
+        # N -> how many of its reads return; later ones hang until they are released.
+        self.reads_that_return: dict[int, int] = {}
+        self.released = threading.Event()
+        self.readings: list[tt.Reading] = []  # what the next reads say
         self.find: Callable[[], object] = bool  # called at each poll
         self.look: Callable[[tt.Chip], object] = bool  # called at each read
-        made: Any = self
-        settings = tt.Settings(resource_domain="x.org", poll_seconds=0.02)
-        self.inventory = tt.Inventory(settings, made)
+        settings = tt.Settings(resource_domain="x.org", poll_seconds=poll_seconds)
+        self.inventory = tt.Inventory(settings, self)
+
+    def driver_version(self) -> str:
+        """There is none."""
+        return ""
 
     def chips(self) -> list[tt.Chip]:
         """The chips that are there."""
@@ -722,99 +509,210 @@ class Acme:
         chip = tt.Chip(f"0000:{index:02x}:00.0", index, 100 + index)
         return chip if index in self.there else None
 
+    def unclaimed(self, known: set[str]) -> list[tt.JudgedChip]:
+        """There is none."""
+        return []
+
     def read(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
         """What a chip is, and how it is."""
+        self.reads[chip.index] += 1
         self.look(chip)
-        known = replace(chip, arch="acme", card_type="x1", asic_id=f"{chip.index}")
-        return replace(known, dev="1:3", unknown=""), tt.Reading()
+        if self.reads[chip.index] > self.reads_that_return.get(chip.index, 10**9):
+            assert self.released.wait(60)
+        known = replace(
+            chip,
+            dev="1:3",
+            arch="acme",
+            card_type="x1",
+            asic_id=f"{chip.index}",
+            unidentified="",
+        )
+        return known, self.readings.pop(0) if self.readings else tt.Reading()
+
+    def poll(self) -> dict[str, int]:
+        """Poll once: how many cards have which kind of verdict."""
+        snapshot = self.inventory.poll(0.0)
+        return Counter(card.verdict.kind for card in snapshot.cards)
+
+    def poll_after_reads(self) -> dict[str, int]:
+        """Poll when each chip has been read by the present `look`."""
+        before = self.reads.copy()
+        # The next read may have begun already, but not the one that follows it.
+        wait_until(lambda: all(self.reads[n] >= before[n] + 2 for n in self.there))
+        return self.poll()
+
+    def close(self) -> None:
+        """For the end of the test: no thread goes on."""
+        self.released.set()
+        self.inventory.stop()
+        for thread in threading.enumerate():
+            if thread.name == "poll":
+                thread.join(10)
+        self.find = bool
+        self.there = []
+        self.inventory.poll(0.0)
 
 
-def test_for_another_vendors_card(workdir: Path) -> None:
+@pytest.fixture
+def acme(workdir: Path) -> Iterator[Acme]:
+    """One that polls and reads fifty times a second."""
+    with contextlib.closing(Acme(workdir)) as made:
+        yield made
+
+
+def test_for_another_vendors_card(workdir: Path, acme: Acme) -> None:
     """With another discovery all else is as it is: the list, and what a Pod gets."""
-    acme = Acme(workdir, 1, 2, 3)
+    acme.there = [1, 2, 3]
     for index in acme.there:
         (workdir / str(index)).symlink_to("/dev/null")
-    acme.inventory.poll(0.0)
-    shared = tt.Shared(acme.inventory, tt.preferred_allocation, lambda cards: [])
+    acme.poll()
+    shared = tt.Shared(acme.inventory, choose=tt.preferred_allocation)
     plugin = tt.DevicePlugin(shared, "x.org/x1")
-    one = api.ContainerAllocateRequest(devices_ids=["acme-3", "acme-1"])
-    request = api.AllocateRequest(container_requests=[one])
-    (answer,) = asyncio.run(plugin.Allocate(request, None)).container_responses
+
+    async def allocate(*ids: str) -> api.ContainerAllocateResponse:
+        one = api.ContainerAllocateRequest(devices_ids=ids)
+        request = api.AllocateRequest(container_requests=[one])
+        (answer,) = (await plugin.Allocate(request, None)).container_responses
+        return answer
+
+    answer = asyncio.run(allocate("acme-3", "acme-1"))
     paths = [device.host_path for device in answer.devices]
     assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
     assert answer.envs == {"PCIDEVICE_X_ORG_X1": "0000:01:00.0,0000:03:00.0"}
 
-    acme.there.remove(3)
-    snapshot = acme.inventory.poll(1.0)
+    acme.there = [1, 2]
+    acme.poll()
     expected = "x1 acme-1 1 +ok, x1 acme-2 2 +ok, x1 acme-3 3 -gone"
-    assert summary(snapshot) == expected
+    assert summary(acme.inventory.snapshot) == expected
 
 
 # ---- The threads that read and poll ----
 
 
-def poll_kinds(acme: Acme, look: Callable[[tt.Chip], object]) -> dict[str, int]:
-    """Poll once, with this at each read: how many cards have which kind of verdict."""
-    acme.look = look
-    snapshot = acme.inventory.poll(0.0)
-    return Counter(card.verdict.kind for card in snapshot.cards)
-
-
-def test_hanging_chips_cost_their_own_cards_only(workdir: Path, bound: Bound) -> None:
-    """30 of 32 chips hang, one before it was identified.
-
-    One poll takes 2 s. Later ones do not wait until those reads return.
-    """
-    acme = Acme(workdir, *range(31))
-    released = threading.Event()
-
-    def hang(chip: tt.Chip) -> object:
-        return chip.index < 2 or released.wait(60)
-
-    def poll(look: Callable[[tt.Chip], object], promised: float) -> dict[str, int]:
+def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
+    """Thirty of them, together for 2 s. They cost nobody else anything."""
+    acme.there = [*range(32)]
+    acme.reads_that_return = dict.fromkeys(range(2, 32), 0)
+    for promised in (2.5, 0.1):
         began = time.monotonic()
-        kinds = poll_kinds(acme, look)
+        assert acme.poll() == {"ok": 2, "pending": 30}
         bound(f"a poll within {promised} s", time.monotonic() - began, promised)
-        return kinds
 
-    assert poll(bool, 3.0) == {"ok": 31}
-    acme.there.append(31)
-    # A second passes between two polls: so the news are there within 4 s.
-    assert poll(hang, 3.0) == {"ok": 2, "read-hangs": 30}
-    assert acme.inventory.snapshot.cards[-1].resource is None
-    acme.there.remove(0)
-    assert poll(hang, 0.1) == {"ok": 1, "read-hangs": 30, "gone": 1}
-    released.set()
-    assert all(reader.idle.wait(10) for reader in acme.inventory.readers.values())
-    assert poll(bool, 3.0) == {"ok": 31, "gone": 1}
+
+def test_a_new_chip_that_hangs_is_offered_when_it_answers(acme: Acme) -> None:
+    """It is told as one that hangs, once it has for long, but it is no card before."""
+    acme.there = [1]
+    acme.reads_that_return = {1: 0}
+    wait_until(lambda: acme.poll() == {"read-hangs": 1})
+    assert not acme.inventory.snapshot.resources
+    acme.released.set()
+    assert acme.poll_after_reads() == {"ok": 1}
+    assert acme.inventory.snapshot.resources == ["x.org/x1"]
+
+
+@rows(
+    "poll_seconds, polls",
+    """
+    each second       1    5
+    ten times in one  0.1  50
+    each minute       60   2
+    """,
+)
+def test_a_read_hangs_if_it_takes_five_seconds(
+    workdir: Path, poll_seconds: str, polls: str
+) -> None:
+    """One that takes less is no verdict.
+
+    Polls are counted, at least two, and not the time: while a process is stopped, no
+    poll is missed.
+    """
+    with contextlib.closing(Acme(workdir, float(poll_seconds))) as acme:
+        acme.there = [1]
+        acme.reads_that_return = {1: 1}
+        assert acme.poll() == {"ok": 1}
+        for _ in range(int(polls) - 1):
+            assert acme.poll() == {"ok": 1}
+        assert acme.poll() == {"read-hangs": 1}
+
+
+def test_a_chip_is_read_once_per_poll_interval(acme: Acme) -> None:
+    """Its thread reads at its own pace, and pauses in between."""
+    times: list[float] = []
+
+    def note(chip: tt.Chip) -> None:
+        times.append(time.monotonic())
+
+    acme.look = note
+    acme.there = [1]
+    acme.poll()
+    acme.poll_after_reads()
+    acme.poll_after_reads()
+    assert all(later - earlier >= 0.02 for earlier, later in itertools.pairwise(times))
+
+
+def test_no_reading_between_two_polls_is_lost(acme: Acme) -> None:
+    """A reset can begin and end there: its chip has to prove itself again."""
+    beats = [tt.Reading(1), tt.Reading(2)]
+    acme.readings = [*beats, tt.Reading(fault="resetting")]
+    acme.there = [1]
+    assert acme.poll() == {"ok": 1}
+    assert acme.poll_after_reads() == {"resetting": 1}
+
+
+def test_a_removal_beside_hanging_chips_is_known_within_a_poll(
+    workdir: Path, bound: Bound
+) -> None:
+    """Six chips hang, and a seventh one is removed: streams are woken for it."""
+
+    async def remove_one(acme: Acme) -> float:
+        def six_hang() -> bool:
+            return all(acme.reads[n] == 2 for n in range(6))
+
+        acme.inventory.start(asyncio.get_running_loop())
+        await asyncio.to_thread(wait_until, six_hang)
+        removed = time.monotonic()
+        acme.there = [*range(6)]
+        last = None
+        while not last or last.verdict.kind != "gone":
+            await asyncio.wait_for(acme.inventory.changed.wait(), 10)
+            *_, last = acme.inventory.snapshot.cards
+        acme.inventory.stop()
+        return time.monotonic() - removed
+
+    with contextlib.closing(Acme(workdir, poll_seconds=1.0)) as acme:
+        acme.there = [*range(7)]
+        acme.reads_that_return = dict.fromkeys(range(6), 1)
+        seconds = asyncio.run(remove_one(acme))
+    bound("removed beside six hanging chips: in the snapshot", seconds, 1.1)
 
 
 def test_a_defect_costs_its_chip_only(
-    workdir: Path, caplog: pytest.LogCaptureFixture
+    acme: Acme, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its traceback is logged once, and the card is Healthy: nobody knows better."""
-    acme = Acme(workdir, 1, 2)
-    poll_kinds(acme, bool)
+    acme.there = [1, 2]
+    acme.poll()
+    acme.look = lambda chip: 1 // (chip.index - 1)
     for _ in range(2):
-        kinds = poll_kinds(acme, lambda chip: 1 // (chip.index - 1))
-        assert kinds == {"ok": 1, "unreadable": 1}
+        assert acme.poll_after_reads() == {"ok": 1, "unreadable": 1}
     (record,) = caplog.records
     assert record.getMessage() == "chip 0000:01:00.0 cannot be read"
     assert "\nTraceback" in caplog.text
     card, _ = acme.inventory.snapshot.cards
     assert "ZeroDivisionError" in card.verdict.reason
-    assert poll_kinds(acme, bool) == {"ok": 2}
+    acme.look = bool
+    assert acme.poll_after_reads() == {"ok": 2}
 
 
-def test_a_reader_ends_when_its_chip_is_gone(workdir: Path) -> None:
+def test_a_reader_ends_when_its_chip_is_gone(acme: Acme) -> None:
     """No thread of a chip outlives it."""
-    acme = Acme(workdir, *range(3))
     before = set(threading.enumerate())
-    assert poll_kinds(acme, bool) == {"ok": 3}
+    acme.there = [*range(3)]
+    assert acme.poll() == {"ok": 3}
     readers = set(threading.enumerate()) - before
     assert len(readers) == 3
     acme.there = []
-    assert poll_kinds(acme, bool) == {"gone": 3}
+    assert acme.poll() == {"gone": 3}
     for thread in readers:
         thread.join(10)
         assert not thread.is_alive()
@@ -827,8 +725,8 @@ DEFECT = ValueError(1)
 class PolledThread:
     """A polling thread whose discovery finds what it is told, and its callbacks."""
 
-    def __init__(self, folder: Path, found: list[Any]) -> None:
-        self.acme = Acme(folder)
+    def __init__(self, acme: Acme, found: list[Any]) -> None:
+        self.acme = acme
         self.acme.find = self.find
         self.found = found
         self.told: list[str] = []  # what the second callback was told
@@ -881,11 +779,11 @@ class PolledThread:
 
 
 @pytest.fixture
-def polled(workdir: Path, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
+def polled(acme: Acme, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
     """A polling thread that will find this, one after another."""
     caplog.set_level(logging.INFO)
     thread = PolledThread(
-        workdir,
+        acme,
         [[], [1], [1], NO_FILES, NO_FILES, [1], DEFECT, DEFECT, [1, 2], [1]],
     )
     yield thread
@@ -936,6 +834,602 @@ def test_a_poll_that_fails_leaves_the_last_list(
         "cannot look for cards, the last list stands: (.*)", caplog.text
     )
     assert problems == ["OSError: [Errno 24] ", "ValueError: 1"]
+
+
+# ==== Appendix A. Discovery: Tenstorrent's sysfs -> chips and readings ================
+
+# A chip that no heartbeat has to prove: its driver is older than 2.7.
+SILENT = replace(FIRST, heartbeat=False)
+UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
+NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
+# What no ASIC id or serial looks like: a dead bus, empty fuses, lower case, too short.
+NO_ID = ("F" * 16, "0" * 16, "0d0cb6f1e7a50001", "D0CB6F1E7A50001")
+
+
+class Driver:
+    """What discovery reads files through, with errors that only a driver makes."""
+
+    def __init__(self, tree: Tree) -> None:
+        settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)
+        self.discovery = tt.TenstorrentDiscovery(settings, read=self.read)
+        self.errors: dict[str, int] = {}  # name of a file -> its errno
+        self.files: list[str] = []  # names of those that were read, in order
+        self.before_read: Callable[[str], object] = bool  # called with the name
+
+    def read(self, path: str) -> str:
+        """Read a file, or fail."""
+        name = Path(path).name
+        self.before_read(name)
+        self.files.append(name)
+        if name in self.errors:
+            raise OSError(self.errors[name], "")
+        return tt.read_attribute(path)
+
+    def chip(self, index: int = 0) -> tt.Chip:
+        """The chip that has this N, not identified."""
+        chip = self.discovery.chip_at(index)
+        assert chip
+        return chip
+
+    def identify(self) -> tt.Chip:
+        """The chip that has N = 0, identified."""
+        chip, _ = self.discovery.read(self.chip())
+        return chip
+
+
+def probe_anew(tree: Tree, address: str) -> None:
+    """The driver makes the class device anew, with the same N and the same files."""
+    entry = tree.entry(address)
+    with tree.lock:
+        shutil.copytree(entry, tree.drafts / "new", symlinks=True)
+        entry.rename(tree.drafts / "old")
+        (tree.drafts / "new").rename(entry)
+
+
+@rows(
+    "file, fact, why_unidentified, without_file",
+    """
+    card type      tt_card_type             card_type  pending       pending
+    ASIC id        tt_asic_id               asic_id    unidentified
+    serial         tt_serial                serial
+    firmware       tt_fw_bundle_ver         firmware
+    device number  dev                      dev        pending       pending
+    architecture   device/device            arch       unidentified  unidentified
+    IOMMU          device/iommu_group/type  iommu
+    NUMA node      device/numa_node         numa_node
+    """,
+)
+def test_each_fact_of_a_chip_is_one_file(
+    workdir: Path, file: str, fact: str, why_unidentified: str, without_file: str
+) -> None:
+    """A file that is missing or makes no sense costs its fact only.
+
+    Of ASIC ids it is known where there are none: such a chip goes by its PCI address.
+    """
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    bare = driver.chip()
+    whole, reading = driver.discovery.read(bare)
+    lacking: dict[str, Any] = {fact: getattr(bare, fact)}
+    if file == "dev":
+        reading = reading._replace(fault="no-node")
+
+    path = tree.entry(FIRST.pci) / file
+    nonsense = replace(whole, **lacking, unidentified=why_unidentified)
+    for text in NONSENSE + NO_ID * (file in ("tt_asic_id", "tt_serial")):
+        path.unlink()
+        if text == UNREADABLE:
+            path.symlink_to(UNREADABLE)
+        else:
+            tree.set(FIRST.pci, file, text.encode("latin-1"))
+        assert driver.discovery.read(bare) == (nonsense, reading), text
+    path.unlink()
+    missing = replace(whole, **lacking, unidentified=without_file)
+    assert driver.discovery.read(bare) == (missing, reading)
+
+
+def test_what_is_known_of_a_chip(workdir: Path) -> None:
+    """All that an identified chip has."""
+    tree = Tree(workdir, [FIRST])
+    chip = Driver(tree).identify()
+    assert chip == tt.Chip(
+        FIRST.pci,
+        0,
+        inode=tree.entry(FIRST.pci).stat().st_ino,
+        pci_path=("pci0000:01",),
+        dev="1:3",
+        arch="wormhole",
+        card_type="n150",
+        asic_id=FIRST.asic_id,
+        serial=FIRST.serial,
+        firmware="80.17.0.0",
+        numa_node=0,
+        iommu="DMA-FQ",
+        unidentified="",
+    )
+
+
+# "E..." is the error that the read fails with.
+@rows(
+    "text, heartbeat, fault, detail",
+    """
+    it beats           5            5  -             -
+    no such file       ENOENT       -  -             -
+    all ones           4294967295   -  bus-dead      -
+    no number          N/A          -  unreadable    not a number
+    11 digits          10000000000  -  unreadable    not a number
+    a policy's EACCES  EACCES       -  unreadable    EACCES
+    firmware has none  ENODATA      -  no-heartbeat  -
+    detached           ENODEV       -  gone          -
+    """,
+)
+def test_what_a_heartbeat_says(
+    workdir: Path, text: str, heartbeat: str, fault: str, detail: str
+) -> None:
+    """A device node that is missing, or another device, is told after what is worse."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    chip = driver.identify()
+    if text.startswith("E"):
+        driver.errors["tt_heartbeat"] = getattr(errno, text)
+    else:
+        tree.set(FIRST.pci, "tt_heartbeat", text)
+    beat = None if heartbeat == "-" else int(heartbeat)
+    expected = tt.Reading(beat, fault.strip("-"), detail.strip("-"))
+    for node in ("/dev/null", "/dev/zero", "/dev", "nowhere"):
+        relink(tree.node(FIRST.pci), node)
+        if node != "/dev/null" and fault in ("-", "unreadable", "no-heartbeat"):
+            expected = expected._replace(fault="no-node")
+        _, reading = driver.discovery.read(chip)
+        assert reading == expected, node
+
+
+def test_a_folder_is_no_device_node(workdir: Path) -> None:
+    """Even where it has the device number of the chip."""
+    assert not tt.is_device_node(str(workdir), "0:0")
+
+
+@rows(
+    "unreadable, heals, fault",
+    """
+    no file can be read           tt_heartbeat,tt_card_type  no   resetting
+    the heartbeat alone can't     tt_heartbeat               no   no-heartbeat
+    a reset ends in between       tt_heartbeat               yes  resetting
+    """,
+)
+def test_a_reset_is_told_from_firmware_without_a_heartbeat(
+    workdir: Path, unreadable: str, heals: str, fault: str
+) -> None:
+    """Both give ENODATA, but in a reset each file does."""
+    driver = Driver(Tree(workdir, [FIRST]))
+    chip = driver.identify()
+    driver.errors = dict.fromkeys(unreadable.split(","), errno.ENODATA)
+
+    def end_reset(name: str) -> None:
+        if name == "tt_card_type":
+            driver.errors.clear()
+
+    if heals == "yes":
+        driver.before_read = end_reset
+    _, reading = driver.discovery.read(chip)
+    assert reading == tt.Reading(None, fault)
+
+
+def test_a_dead_bus_is_told_before_what_it_hides(workdir: Path) -> None:
+    """All of its files make no sense, and the card is not just unidentified."""
+    ones = "F" * 16
+    chip = replace(FIRST, card_type="unknown", asic_id=ones, serial=ones)
+    tree = Tree(workdir, [chip])
+    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
+    snapshot = inventory_of(tree).poll(0.0)
+    assert summary(snapshot) == f"- {FIRST.pci} 0 -bus-dead"
+
+
+def test_the_files_may_come_one_by_one(workdir: Path) -> None:
+    """So the driver makes them: where the type is there, the ASIC id is waited for."""
+    tree = Tree(workdir, [replace(FIRST, asic_id="")])
+    path = tree.entry(FIRST.pci) / "tt_asic_id"
+    driver = Driver(tree)
+
+    def appear(name: str) -> None:
+        if name == "tt_card_type" and name in driver.files:
+            path.write_text("A" * 16)
+
+    driver.before_read = appear
+    began = time.monotonic()
+    assert driver.identify().card_id == "wormhole-" + "A" * 16
+    assert time.monotonic() - began >= 0.1, "so long they may take"
+
+
+def test_an_asic_id_that_comes_late_is_taken(workdir: Path) -> None:
+    """Until then the card goes by its PCI address, as with drivers that have none."""
+    tree = Tree(workdir, [replace(FIRST, asic_id="")])
+    driver = Driver(tree)
+    chip = driver.identify()
+    assert chip.card_id == FIRST.pci
+    tree.set(FIRST.pci, "tt_asic_id", f"{FIRST.asic_id}\n")
+    known, _ = driver.discovery.read(chip)
+    assert known.card_id == FIRST.id
+
+
+@rows(
+    "serial, unidentified",
+    """
+    its own             000004513190F004  -
+    not programmed      0000045100000000  no-serial
+    empty fuses         0000000000000000  unidentified
+    no such file        -                 unidentified
+    """,
+)
+def test_the_serial_of_a_p300(workdir: Path, serial: str, unidentified: str) -> None:
+    """One without it is no card: nobody knows which two chips are on one board."""
+    tree = Tree(workdir, [replace(P300[0], index=0, serial=serial.strip("-"))])
+    chip = Driver(tree).identify()
+    assert chip.unidentified == unidentified.strip("-")
+
+
+def test_a_serial_that_is_not_programmed_is_named(workdir: Path) -> None:
+    """Neither a reset nor an update helps."""
+    serial = "0000045100000000"
+    chips = [replace(chip, heartbeat=False, serial=serial) for chip in P300]
+    snapshot = inventory_of(Tree(workdir, chips)).poll(0.0)
+    kinds = "- 0000:03:00.0 0 ?no-serial, - 0000:04:00.0 1 ?no-serial"
+    assert summary(snapshot) == kinds
+    reason = snapshot.cards[0].verdict.reason
+    assert f"{serial}, is not programmed" in reason
+    assert "tt-smi" not in reason
+
+
+# Of a driver before 2.7 neither of them is there.
+@pytest.mark.parametrize("chip", [FIRST, replace(SILENT, asic_id="")])
+def test_an_identified_chip_has_one_file_read(workdir: Path, chip: Chip) -> None:
+    """Its heartbeat, nothing else: before driver 2.7 a read could oops the kernel."""
+    driver = Driver(Tree(workdir, [chip]))
+    known = driver.identify()
+    driver.files.clear()
+    open_files = len(os.listdir("/proc/self/fd"))
+    again, _ = driver.discovery.read(known)
+    assert again == known
+    assert driver.files == ["tt_heartbeat"]
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
+    """Not while the bus is dead, which shows none."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    chip = driver.identify()
+    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
+    driver.errors = dict.fromkeys(("tt_heartbeat", "tt_card_type"), errno.ENODATA)
+    resetting, _ = driver.discovery.read(chip)
+    assert resetting == replace(chip, firmware="")
+
+    driver.errors.clear()
+    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
+    dead, _ = driver.discovery.read(resetting)
+    assert dead == resetting
+    tree.set(FIRST.pci, "tt_heartbeat", "5")
+    back, _ = driver.discovery.read(resetting)
+    assert back == replace(chip, firmware="80.18.0.0")
+
+
+def test_a_chip_that_is_probed_anew_is_identified_anew(workdir: Path) -> None:
+    """It is told by the inode of its folder. The folder's times are sysfs's own."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.set(FIRST.pci, "tt_serial", "A" * 16)
+    os.utime(tree.entry(FIRST.pci), (1, 1))
+    (card,) = inventory.poll(1.0).cards
+    assert card.chips[0].serial == FIRST.serial
+
+    probe_anew(tree, FIRST.pci)
+    (card,) = inventory.poll(2.0).cards
+    assert card.chips[0].serial == "A" * 16
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "vanished"])
+def test_what_is_read_while_n_is_taken_is_nothing(workdir: Path, taken: bool) -> None:
+    """Another chip takes N during the read, or none: the first one is gone."""
+    tree = Tree(workdir, [FIRST, SECOND])
+    link = tree.sys / "class/tenstorrent/tenstorrent!0"
+    driver = Driver(tree)
+
+    def go_away(name: str) -> None:
+        if name == "tt_card_type":
+            link.unlink()
+            if taken:
+                link.symlink_to(tree.entry(SECOND.pci))
+
+    driver.before_read = go_away
+    chip = driver.chip()
+    assert driver.discovery.read(chip) == (chip, tt.Reading(fault="gone"))
+
+
+def test_what_in_the_class_is_a_chip(workdir: Path) -> None:
+    """An entry of the driver's form that leads to a PCI function, wherever it is."""
+    tree = Tree(workdir, [FIRST])
+    folder = tree.sys / "class/tenstorrent"
+    bridges = ("pci10000:40", "10000:40:01.1", "10000:41:00.0")
+    below = tree.sys.joinpath("devices", *bridges, "10000:42:00.0")
+    below.mkdir(parents=True)
+    for name in (
+        "by-id",
+        *(f"tenstorrent!{n}" for n in ("", "x", "00", "0x", "1" * 7)),
+    ):
+        (folder / name).symlink_to(tree.entry(FIRST.pci))
+    (folder / "tenstorrent!2").symlink_to("nowhere")
+    for index, target in enumerate((str(below), "device", "/", ".."), start=13):
+        (folder / f"tenstorrent!{index}").mkdir()
+        (folder / f"tenstorrent!{index}/device").symlink_to(target)
+    found = inventory_of(tree).discovery.chips()
+    assert sorted((chip.index, chip.pci, chip.pci_path) for chip in found) == [
+        (0, FIRST.pci, ("pci0000:01",)),
+        (13, "10000:42:00.0", bridges),
+    ]
+
+
+def test_a_class_that_cannot_be_listed_is_an_error(workdir: Path) -> None:
+    """It is not taken for a node without cards."""
+    tree = Tree(workdir, [FIRST])
+    shutil.rmtree(tree.sys / "class")
+    (tree.sys / "class").symlink_to("class")
+    with pytest.raises(OSError, match="symbolic links"):
+        inventory_of(tree).discovery.chips()
+
+
+@rows(
+    "link, kind, driver",
+    """
+    another driver has it     drivers/vfio-pci     no-driver  vfio-pci
+    none has it               -                    no-driver  none
+    a driver of an odd name   drivers/driver       no-driver  driver
+    the driver's link dangles  drivers/{gone}      no-driver  {gone}
+    it is bound a moment ago  drivers/tenstorrent  pending    -
+    """,
+)
+def test_pci_functions_without_a_class_device_are_listed(
+    workdir: Path, link: str, kind: str, driver: str
+) -> None:
+    """With the driver that has them, and not offered.
+
+    The right driver has it a moment before the device node is there.
+    """
+    tree = Tree(workdir, [SILENT, SECOND])
+    tree.remove(SECOND.pci, driver="x")
+    (tree.pci(SECOND.pci) / "driver").unlink()
+    if link != "-":
+        (tree.pci(SECOND.pci) / "driver").symlink_to(f"../../../bus/pci/{link}")
+    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
+    snapshot = inventory_of(tree).poll(0.0)
+    assert summary(snapshot) == f"n150 {FIRST.id} 0 +ok, - {SECOND.pci}  ?{kind}"
+    _, card = snapshot.cards
+    assert (f" is {driver}, not" in card.verdict.reason) == (kind == "no-driver")
+    assert card.chips[0].arch == "wormhole"
+
+
+def test_a_driver_that_lets_go_has_no_name(workdir: Path) -> None:
+    """The link to it may vanish at any moment: then it is none, and not "driver"."""
+    tree = Tree(workdir, [SECOND])
+    tree.remove(SECOND.pci, driver="vfio-pci")
+    link = tree.pci(SECOND.pci) / "driver"
+    target = os.readlink(link)
+    discovery = inventory_of(tree).discovery
+    done = threading.Event()
+
+    def bind_and_unbind() -> None:
+        while not done.is_set():
+            link.unlink()
+            link.symlink_to(target)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(bind_and_unbind)
+        judged = [each for _ in range(2000) for each in discovery.unclaimed(set())]
+        done.set()
+    drivers = {
+        re.findall(r"driver is (\S+),", each.verdict.reason)[0] for each in judged
+    }
+    assert drivers <= {"none", "vfio-pci"}
+
+
+def test_a_card_without_its_driver_is_gone(workdir: Path) -> None:
+    """Its PCI function is still there, and listed by its address."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.remove(FIRST.pci, driver="vfio-pci")
+    expected = f"n150 {FIRST.id} 0 -gone, - {FIRST.pci}  ?no-driver"
+    assert summary(inventory.poll(1.0)) == expected
+
+
+def test_a_pci_function_is_asked_for_its_vendor_once(workdir: Path) -> None:
+    """A host has hundreds of them, and each poll goes over all."""
+    tree = Tree(workdir, [SILENT])
+    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
+    driver = Driver(tree)
+    for _ in range(3):
+        assert not driver.discovery.unclaimed({FIRST.pci})
+    assert driver.files == ["vendor", "vendor"]
+
+
+def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
+    """A card comes, and no driver takes it: no class device has come or gone."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
+    tree.write(tree.sys / "bus/pci/devices/0000:98:00.0/vendor", "0x1e52\n")
+    inventory.poll(1.0)
+    assert inventory.snapshot.driver == "2.11.0"
+    expected = f"n150 {FIRST.id} 0 +ok, - 0000:98:00.0  ?no-driver"
+    assert summary(inventory.snapshot) == expected
+
+
+# ==== Appendix B. Health: README's table, row by row ==================================
+
+
+def test_readme_names_each_kind_of_verdict() -> None:
+    """With its health if its card was never offered, and no other kind."""
+    named = {}
+    for seen, verdict, _ in table("what the plugin sees, once a second"):
+        (kind, *_) = in_code(seen)
+        named[kind] = "pending" if verdict == "not offered" else verdict
+    assert named == {kind: health for kind, (health, _) in tt.KINDS.items()}
+
+
+NOT_IDENTIFIED = ("pending", "unidentified", "no-serial")  # why a chip may not be known
+
+
+# A poll is: the time, what is read, and the kind of the verdict, "=" for the fault that
+# is read. What is read is a heartbeat, with "+" if it was seen to change in this read;
+# "-" for no file; a fault (with the heartbeat after "/" if one is read, too); or why
+# the chip is not identified.
+@rows(
+    "polls",
+    """
+    it changes, or begins anew     0 4294967294+ ok, 1 0 ok, 99 7 ok, 200 3 ok
+    no file                        0 - ok, 50 - ok, 99 - ok, 999 - ok
+    it has to change once          0 1 hung, 1 1 hung, 99 1 hung, 100 2 ok
+    ... also where it comes later  0 - ok, 9 1 hung, 10 2 ok
+    ... or can be read later       0 unreadable =, 9 1 hung, 10 2 ok
+    ... or is known later          0 pending/1 =, 9 1 hung, 10 2 ok
+    ... or at once                 0 unreadable =, 9 1+ ok
+    gone until it is back          0 1+ ok, 1 gone =, 99 gone =, 100 1 ok,\
+ 101 - gone, 102 1 ok
+    hung: equal for over 12 s      0 1+ ok, 4 1 ok, 8 1 ok, 12 1 ok, 12.1 1 hung,\
+ 99 1 hung
+    ... and in 3 reads             0 1+ ok, 30 1 ok, 31 1 ok, 32 1 hung
+    ... until 2 changes            0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
+ 15 2 hung, 16 3 ok
+    ... and again                  0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
+ 15 2 hung, 16 2 hung, 27 2 hung, 28 3 hung, 29 4 ok
+    ... and its files go           0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 - gone,\
+ 15 2 hung
+    SIGSTOP is no silence          0 1+ ok, 1 1 ok, 600 1 ok, 600.1 2 ok, 601 2 ok
+    a reset until 1 change after   0 1+ ok, 1 resetting =, 2 7 resetting,\
+ 3 7 resetting, 4 8 ok
+    ... in the first read          0 1+ ok, 1 resetting =, 2 7+ ok
+    ... then its files go          0 1+ ok, 1 resetting =, 2 - resetting,\
+ 3 1 resetting, 4 - gone
+    ... ends a hang                0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 resetting =,\
+ 15 2 resetting, 16 3 ok
+    a dead bus until 1 change      0 1+ ok, 1 bus-dead =, 2 1 bus-dead, 3 2 ok
+    no device node                 0 1+ ok, 1 no-node/2 =, 14 no-node/3 =, 15 4 ok
+    ... while it hangs             0 1+ ok, 4 1 ok, 8 1 ok, 13 no-node/1 =, 14 1 hung
+    a read hangs until it returns  0 1+ ok, 2 read-hangs =, 99 read-hangs =, 100 1 ok
+    ... is no equal read           0 1+ ok, 1 1 ok, 2 read-hangs =, 99 1 ok,\
+ 99.1 1 hung
+    not readable is not dead       0 1+ ok, 1 unreadable =, 9 unreadable =,\
+ 99 unreadable =, 100 1 ok
+    ... nor healed                 0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
+ 14 unreadable hung, 15 3 hung, 16 4 ok
+    firmware has none              0 1+ ok, 1 no-heartbeat =, 99 no-heartbeat =,\
+ 100 1 hung, 101 2 ok
+    ... since a reset              0 1+ ok, 1 resetting =, 2 no-heartbeat =
+    no telemetry for 130 s         0 pending =, 130 pending =,\
+ 130.1 pending no-telemetry, 132 1+ ok
+    ... and a dead bus             0 bus-dead =, 200 pending no-telemetry
+    not identified                 0 unidentified =, 999 unidentified =, 1000 1+ ok
+    ... nor ever                   0 no-serial =, 999 no-serial =
+    ... and hung                   0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
+ 14 unidentified/2 =, 15 2 hung
+    """,
+)
+def test_health_from_poll_to_poll(polls: str) -> None:
+    """README's table "Health", in both directions."""
+    history = tt.HealthHistory(1e6)
+    for poll in polls.split(", "):
+        time_of_poll, seen, kind = poll.split()
+        now = 1e6 + float(time_of_poll)
+        fault = ""
+        heartbeat = seen
+        if seen[0].isalpha():
+            fault, _, heartbeat = seen.partition("/")
+        why = fault if fault in NOT_IDENTIFIED else ""
+        chip = replace(FIRST, unidentified=why)
+        digits = heartbeat.strip("-+")
+        reading = tt.Reading(
+            heartbeat=int(digits) if digits else None,
+            fault="" if why else fault,
+            changed=heartbeat.endswith("+"),
+        )
+        history.observe(reading, now)
+        verdict = history.verdict(chip, reading, now)
+        assert verdict.kind == (fault if kind == "=" else kind), f"at {time_of_poll}"
+
+
+# ---- A chip proves itself before it is Healthy ----
+
+
+def test_a_chip_that_hangs_before_the_start_is_not_healthy(
+    tree: Tree, bound: Bound
+) -> None:
+    """The one beside it is Healthy in the very first snapshot, which waits for both."""
+    tree.still.add(FIRST.pci)
+    tree.add(FIRST)
+    tree.add(SECOND)
+    began = time.monotonic()
+    snapshot = inventory_of(tree).poll(began)
+    seconds = time.monotonic() - began
+    bound("a first poll with a hung chip", seconds, 1.5)
+    assert seconds >= 1.1, "one that beats once a second proves itself, too"
+    assert summary(snapshot) == f"n150 {FIRST.id} 0 -hung, n150 {SECOND.id} 1 +ok"
+
+
+def test_a_chip_that_is_probed_anew_proves_itself_anew(tree: Tree) -> None:
+    """After a reset its class device is another one, and its heartbeat the same."""
+    tree.add(FIRST)
+    inventory = inventory_of(tree)
+    assert summary(inventory.poll(0.0)) == f"n150 {FIRST.id} 0 +ok"
+    tree.still.add(FIRST.pci)
+    probe_anew(tree, FIRST.pci)
+    assert summary(inventory.poll(1.0)) == f"n150 {FIRST.id} 0 -hung"
+
+
+def test_a_proof_takes_two_beats_at_most(four: Tree, bound: Bound) -> None:
+    """So a start takes 0.2 s longer at most, at ten beats a second."""
+    began = time.monotonic()
+    snapshot = inventory_of(four).poll(began)
+    bound("four cards found and proven", time.monotonic() - began, 0.2)
+    assert [card.verdict.kind for card in snapshot.cards] == ["ok"] * 4
+
+
+def test_one_proof_is_enough(workdir: Path) -> None:
+    """Later reads read the heartbeat once. After a reset it is to be proven again."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert first.changed
+    driver.files.clear()
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert driver.files == ["tt_heartbeat"]
+    assert not second.changed
+
+    driver.files.clear()
+    _, after = tt.read_chip(driver.discovery, chip, tt.Reading(fault="resetting"))
+    assert driver.files == ["tt_heartbeat"] * 2
+    assert after.changed
+
+
+def test_a_chip_is_proven_as_soon_as_it_is_identified(workdir: Path) -> None:
+    """Before that, its heartbeat is read once, and nobody waits for a change."""
+    tree = Tree(workdir, [replace(FIRST, card_type="")])
+    driver = Driver(tree)
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert driver.files.count("tt_heartbeat") == 1
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    tree.set(FIRST.pci, "tt_card_type", "n150\n")
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert second.changed
 
 
 # ==== Section 6. The DevicePlugin service: each call is answered from the snapshot ====
