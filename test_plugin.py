@@ -395,7 +395,7 @@ def judged(word: str) -> tt.JudgedChip:
  - 0000:01:00.0 5 -bus-dead  back at 0000:01:00.0, .*: its PCIe bus answers
     by PCI address, in a reset  x; x@3?          n150 0000:01:00.0 3 -pending
     ... and its ASIC id comes   x; n             n150 wormhole-1 5 +ok,\
- n150 0000:01:00.0 5 -gone
+ n150 0000:01:00.0 5 -replaced
     a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
     seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
     ... the higher N is gone    n n@7=gone       n150 wormhole-1 5 +ok
