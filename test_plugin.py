@@ -2132,18 +2132,21 @@ def test_stops_while_nobody_reads_the_log(
     assert codes <= {"INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED"}
 
 
-# ==== Appendix A. Preferred allocation ================================================
+# ==== Appendix D. Preferred allocation ================================================
+
+WELL = tt.make_verdict("ok")
+UNWELL = tt.make_verdict("gone")
 
 
 def host_of(
-    name: str, numa_node: int | None, above: str, buses: str
+    name: str, numa_node: int | None, above: str, buses: str, domain: str = "0000"
 ) -> dict[str, tt.Card]:
     """Cards of one chip each below this PCI path, by bus, which is their ID, too."""
     cards = {}
     for bus in buses.split():
         path = tuple(above.format(bus=bus).split("/"))
-        chip = tt.Chip(f"0000:{bus}:00.0", pci_path=path, numa_node=numa_node)
-        cards[bus] = tt.Card(bus, f"{name}-x", f"x.org/{name}", (chip,), tt.Verdict())
+        chip = tt.Chip(f"{domain}:{bus}:00.0", pci_path=path, numa_node=numa_node)
+        cards[bus] = tt.Card(bus, f"{name}-x", f"x.org/{name}", (chip,), WELL)
     return cards
 
 
@@ -2209,43 +2212,130 @@ def test_a_broken_tray_is_used_up_first() -> None:
         assert {card_id[0] for card_id in chosen} == {tray}
 
 
-@given(st.data())
-def test_preferred_allocation_of_any_request(data: st.DataObject) -> None:
-    """As many as asked for, with those that it must have, or a refusal.
+# What buses the chips of a Galaxy can be seen on.
+BUSES = {
+    "all 32": " ".join(GALAXY),
+    "31": " ".join(list(GALAXY)[1:]),
+    "two trays": " ".join(list(GALAXY)[:16]),
+    "the others": " ".join(list(GALAXY)[16:]),
+    "01 to 20": " ".join(f"{bus:02x}" for bus in range(1, 33)),
+}
 
-    They come from one NUMA node if one has room, healthy ones first, and are the same
-    whatever the order of the request.
+
+@rows(
+    "domain, buses, next_domain, next_buses, trays, topology",
     """
-    cards = dict(data.draw(st.sampled_from(list(HOSTS.values()))))
-    for name in data.draw(st.lists(st.sampled_from(sorted(cards)), max_size=4)):
-        cards[name] = replace(cards[name], verdict=tt.Verdict(tt.UNHEALTHY))
-    names = st.sampled_from([*cards, "gone"])
-    available = data.draw(st.lists(names, min_size=1, unique=True))
-    must = data.draw(st.lists(st.sampled_from(available), max_size=3, unique=True))
-    size = data.draw(st.integers(-1, len(available) + 1))
-    if not max(1, len(must)) <= size <= len(available):
-        words = f"cannot choose {size} of {len(available)} cards with {len(must)} req"
-        with pytest.raises(tt.Refusal, match=f"INVALID_ARGUMENT.*{words}"):
-            tt.preferred_allocation(cards, available, must, size)
-        return
+    a Galaxy               0000   all 32     -     -           0000:0 0000:4 0000:8\
+ 0000:c  galaxy
+    five digits of domain  10000  all 32     -     -           10000:0 10000:4 10000:8\
+ 10000:c  galaxy
+    31 of its chips        0000   31         -     -           -                  -
+    a virtual machine      0000   01 to 20   -     -           -                  -
+    two domains            0000   two trays  0001  the others  -                  -
+    another, not whole     0001   31         0002  all 32      0002:0 0002:4 0002:8\
+ 0002:c  -
+    """,
+)
+def test_only_a_whole_galaxy_has_trays(
+    domain: str,
+    buses: str,
+    next_domain: str,
+    next_buses: str,
+    trays: str,
+    topology: str,
+) -> None:
+    """Its 32 chips on the vendor's buses, all in one PCI domain.
 
-    chosen = tt.preferred_allocation(cards, available, must, size)
-    assert len(chosen) == len(set(chosen)) == size
-    assert set(must) <= set(chosen) <= set(available)
-    again = data.draw(st.permutations(available))
-    must_again = data.draw(st.permutations(must))
-    assert tt.preferred_allocation(cards, again, must_again, size) == chosen
-    well = {
-        name
-        for name in available
-        if name in cards and cards[name].verdict == tt.Verdict()
-    }
-    unwell = set(chosen) - well
-    assert len(unwell) == max(len(set(must) - well), size - len(well))
-    nodes = {name: card.chips[0].numa_node for name, card in cards.items()}
-    space = Counter(nodes[name] for name in well)
-    if not must and max(space.values(), default=0) >= size:
-        assert len({nodes[name] for name in chosen}) == 1
+    The node's label follows the same rule.
+    """
+    made = [*host_of("galaxy", 0, "pci", BUSES[buses], domain).values()]
+    if next_domain != "-":
+        made += host_of("galaxy", 0, "pci", BUSES[next_buses], next_domain).values()
+    cards = [replace(card, id=card.chips[0].pci) for card in made]
+    found = tt.galaxy_trays(cards)
+    assert Counter(found.values()) == dict.fromkeys(trays.strip("-").split(), 8)
+    assert all(card_id.startswith(tray) for card_id, tray in found.items())
+    assert tt.node_topology(cards) == topology.strip("-")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What preferred allocation is asked."""
+
+    cards: dict[str, tt.Card]
+    available: list[str]
+    must: list[str]
+    size: int
+
+    @property
+    def well(self) -> set[str]:
+        """The healthy ones of those that are available."""
+        known = self.cards.keys() & {*self.available}
+        return {name for name in known if self.cards[name].verdict == WELL}
+
+
+@st.composite
+def choices(draw: st.DrawFn, too_many: bool = False) -> Choice:
+    """Any choice that can be made; with `too_many`, one that cannot."""
+    cards = dict(draw(st.sampled_from(list(HOSTS.values()))))
+    for name in draw(st.lists(st.sampled_from(sorted(cards)), max_size=4)):
+        cards[name] = replace(cards[name], verdict=UNWELL)
+    names = st.sampled_from([*cards, "gone"])
+    available = draw(st.lists(names, min_size=1, unique=True))
+    must = draw(st.lists(st.sampled_from(available), max_size=3, unique=True))
+    least = max(1, len(must))
+    sizes = st.integers(least, len(available))
+    if too_many:
+        sizes = st.sampled_from([-1, 0, least - 1, len(available) + 1])
+    return Choice(cards, available, must, draw(sizes))
+
+
+def choose(choice: Choice) -> list[str]:
+    """What preferred allocation answers."""
+    return tt.preferred_allocation(
+        choice.cards, choice.available, choice.must, choice.size
+    )
+
+
+@given(choices(), st.randoms())
+def test_any_choice_has_what_was_asked_for(
+    choice: Choice, shuffle: random.Random
+) -> None:
+    """As many as asked for, with those that it must have, in whatever order asked."""
+    chosen = choose(choice)
+    assert len(chosen) == len(set(chosen)) == choice.size
+    assert {*choice.must} <= {*chosen} <= {*choice.available}
+    shuffle.shuffle(choice.available)
+    shuffle.shuffle(choice.must)
+    assert choose(choice) == chosen
+
+
+@given(choices(too_many=True))
+def test_a_choice_that_cannot_be_made_is_refused(choice: Choice) -> None:
+    """Fewer cards than it must have, or more than there are."""
+    about = f"{len(choice.available)} cards with {len(choice.must)} required"
+    with pytest.raises(tt.Refusal) as refusal:
+        choose(choice)
+    assert refusal.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert str(refusal.value) == f"cannot choose {choice.size} of {about}"
+
+
+@given(choices())
+def test_healthy_cards_are_chosen_first(choice: Choice) -> None:
+    """A card that is not healthy is chosen only if it must be, or none else is left."""
+    unwell = {*choose(choice)} - choice.well
+    required = {*choice.must} - choice.well
+    assert len(unwell) == max(len(required), choice.size - len(choice.well))
+
+
+@given(choices())
+def test_one_numa_node_is_chosen_if_it_has_room(choice: Choice) -> None:
+    """Where no card is required."""
+    choice = replace(choice, must=[])
+    nodes = {name: card.chips[0].numa_node for name, card in choice.cards.items()}
+    room = Counter(nodes[name] for name in choice.well)
+    hypothesis.assume(max(room.values(), default=0) >= choice.size)
+    assert len({nodes[name] for name in choose(choice)}) == 1
 
 
 # ==== Appendix B. Operations: the log; /healthz, /readyz and /metrics =================
