@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import calendar
 import contextlib
 import errno
 import functools
@@ -34,9 +35,11 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
+from resource import RLIMIT_NOFILE, prlimit
 from typing import Any
 
 import grpc.aio
@@ -2338,12 +2341,13 @@ def test_one_numa_node_is_chosen_if_it_has_room(choice: Choice) -> None:
     assert len({nodes[name] for name in choose(choice)}) == 1
 
 
-# ==== Appendix B. Operations: the log; /healthz, /readyz and /metrics =================
+# ==== Appendix E. Operations: the log; /healthz, /readyz and /metrics =================
 
 PREFIX = "tt_device_plugin_"
 # A card without telemetry goes, another is in trouble, is lost in a reset and comes
 # back with another N, a Pod gets it, the kubelet is restarted.
 LOST_CARD = "card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/"
+GONE = tt.KINDS["gone"].reason
 REGISTERED = (
     f"INFO registered {R150} with the kubelet: 2 cards, 2 healthy; "
     "socket S.sock; cause: "
@@ -2355,13 +2359,14 @@ folder DIR/k/device-plugins, sysfs DIR/sys, dev DIR/dev; cards: 2 n150, \
 INFO card wormhole-0D0CB6F1E7A50001 (n150, /dev/tenstorrent/0) is Healthy
 INFO {LOST_CARD}1) is Healthy
 WARNING card 0000:41:00.0 (model unknown, /dev/tenstorrent/2) is not offered: \
-{tt.REASONS["pending"]}
+{tt.KINDS["pending"].reason}
 {REGISTERED}start
 WARNING card 0000:41:00.0 (model unknown, /dev/tenstorrent/2) is gone; \
 it was not offered
-ERROR {LOST_CARD}1) is Unhealthy: its device node /dev/tenstorrent/1 is missing or \
-another device: is --dev-root the host's /dev?
-ERROR {LOST_CARD}1) is Unhealthy: {tt.REASONS["gone"]}
+ERROR {LOST_CARD}1) is Unhealthy: its device node /dev/tenstorrent/1 is missing, or is \
+not the device that sysfs names: see dmesg. Looked for in DIR/dev: is that the host's \
+/dev?
+ERROR {LOST_CARD}1) is Unhealthy: {GONE}
 INFO {LOST_CARD}5) is Healthy again, after N s
 INFO allocated card wormhole-0D0CB6F1E7A50001 (n150, /dev/tenstorrent/0), {LOST_CARD}5)
 WARNING the kubelet's stream of {R150} has ended: registering again
@@ -2371,12 +2376,17 @@ INFO a kubelet answers at DIR/k/device-plugins/kubelet.sock
 INFO told to stop, and done"""
 
 
-def fetch(server: Plugin | str, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
-    """Status and text of a page of a plugin, or of a server that says its port."""
-    if isinstance(server, Plugin):
-        server = server.wait_for_line('(INFO |")HTTP on port')
-    (port,) = re.findall(r"port (\d+)", server)
-    client = http.client.HTTPConnection(host, int(port), timeout=10)
+def port_of(plugin: Plugin) -> int:
+    """The port of its HTTP pages."""
+    line = plugin.wait_for_line('(INFO |")HTTP on port')
+    (port,) = re.findall(r"port (\d+)", line)
+    return int(port)
+
+
+def fetch(server: Plugin | int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
+    """Status and text of a page of a plugin, or of the server on this port."""
+    port = port_of(server) if isinstance(server, Plugin) else server
+    client = http.client.HTTPConnection(host, port, timeout=10)
     with contextlib.closing(client):
         client.request("GET", path)
         answer = client.getresponse()
@@ -2405,12 +2415,13 @@ def let_it_happen(
     for chip in (replace(THIRD, card_type=""), FIRST, SECOND):
         tree.add(chip)
     kubelet.start()
-    plugin = launch(tree, kubelet, f"--log-format={log_format}", HTTP)
+    flags = [HTTP, f"--log-format={log_format}", "--poll-seconds=0.3"]
+    plugin = launch(tree, kubelet, *flags)
     plugin.wait_for_line("registered")
     tree.remove(THIRD.pci)
     plugin.wait_for_line("it was not offered")
     relink(tree.node(SECOND.pci), "/dev/zero")
-    plugin.wait_for_line("another device")
+    plugin.wait_for_line("is not the device that sysfs names")
     tree.remove(SECOND.pci)
     plugin.wait_for_line("is gone from sysfs")
     tree.add(replace(SECOND, index=5))
@@ -2469,15 +2480,38 @@ def test_json_log_of_an_incident(kubelet: Kubelet, tree: Tree, launch: Launch) -
     by_message = {without_varying(one["msg"], tree, cause): one for one in objects}
     allocated = next(one for text, one in by_message.items() if "allocated" in text)
     back = by_message[f"{LOST_CARD}5) is Healthy again, after N s"]
-    lost = by_message[f"{LOST_CARD}1) is Unhealthy: {tt.REASONS['gone']}"]
+    lost = by_message[f"{LOST_CARD}1) is Unhealthy: {GONE}"]
     assert objects[0].keys() == plain
     assert allocated.keys() == {*plain, "resource"}
     assert back.keys() == {*plain, "resource", "card", "since"}
     assert lost.keys() == {*plain, "resource", "card", "since", "reason"}
     assert (lost["card"], lost["resource"]) == (SECOND.id, R150)
-    assert lost["reason"] == tt.REASONS["gone"]
-    since = [one["ts"] for one in objects if "is Unhealthy" in one["msg"]]
-    assert lost["since"] == since[0]
+    assert lost["reason"] == GONE
+    first, _ = [one["ts"] for one in objects if "is Unhealthy" in one["msg"]]
+    assert seconds_of(first) - seconds_of(lost["since"]) in (0, 1)  # a line comes later
+
+
+def seconds_of(text: str) -> int:
+    """An RFC 3339 text in seconds since 1970."""
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def test_a_traceback_is_one_line_of_json() -> None:
+    """Without it no defect could be found; as lines of its own it would be no JSON."""
+    try:
+        raise ValueError("WHY\nAND HOW")
+    except ValueError:
+        record = log_record("it failed", exc_info=sys.exc_info())
+    line = tt.JsonFormatter().format(record)
+    assert "\n" not in line
+    shown = json.loads(line)["exception"]
+    assert shown.startswith("Traceback")
+    assert shown.endswith("ValueError: WHY\nAND HOW")
+
+
+def log_record(text: str, **facts: Any) -> logging.LogRecord:
+    """A line of the log."""
+    return logging.makeLogRecord({"msg": text, "levelname": "ERROR", **facts})
 
 
 # ---- Metrics ----
@@ -2510,23 +2544,47 @@ heartbeat_age_seconds card=A chip=01 9
 tt_asic_temperature_celsius card=A chip=01 54.3
 tt_thermal_throttle_limit_celsius card=A chip=01 75
 tt_ai_clock_mhz card=A chip=01 500
+tt_arc_clock_mhz card=A chip=01 540
+tt_axi_clock_mhz card=A chip=01 900
 tt_tdp_w card=A chip=01 15
+tt_tdp_limit_w card=A chip=01 100
 tt_tdc_a card=A chip=01 18
 tt_vcore_v card=A chip=01 0.795
 tt_fan_speed_rpm card=A chip=01 1200
 tt_thermal_trips_total card=A chip=01 2
+tt_pcie_link_speed_gts card=A chip=01 2.5
+tt_pcie_link_max_speed_gts card=A chip=01 16
+tt_pcie_link_width card=A chip=01 8
+tt_pcie_link_max_width card=A chip=01 16
+tt_pcie_correctable_errors_total card=A chip=01 3
 device_node_users card=A chip=01 2
 junk_readings_total card=A chip=01 0
 """
+# What only some chips, firmwares and hosts have. The table of errors has Linux' form.
+MORE_SENSORS = {
+    "tt_arcclk": "540",
+    "tt_axiclk": "900",
+    "tt_therm_trip_count": "2",
+    "device/current_link_speed": "2.5 GT/s PCIe",
+    "device/max_link_speed": "16.0 GT/s PCIe",
+    "device/current_link_width": "8",
+    "device/max_link_width": "16",
+    "device/aer_dev_correctable": "RxErr 2\nBadTLP 1\nBadDLLP 0\nTOTAL_ERR_COR 3",
+}
 
 
 def metrics_of(root: Path) -> tt.Metrics:
-    """What a scrape reads of a plugin that has polled this tree once."""
-    settings = tt.Settings(sysfs_root=root / "sys", dev_root=root / "dev")
+    """What a scrape reads of a plugin that has polled this tree once.
+
+    Each chip is read once: the interval is long. After two more polls its reader would
+    count as one that hangs.
+    """
+    settings = tt.Settings(
+        sysfs_root=root / "sys", dev_root=root / "dev", poll_seconds=60.0
+    )
     inventory = tt.Inventory(settings)
     inventory.poll(100.0)
-    shared = tt.Shared(inventory, tt.preferred_allocation, lambda cards: [])
-    return tt.Metrics(tt.Registrar(shared))
+    return tt.Metrics(tt.Registrar(tt.Shared(inventory, tt.preferred_allocation)))
 
 
 def add_all_sensors(tree: Tree) -> None:
@@ -2535,28 +2593,13 @@ def add_all_sensors(tree: Tree) -> None:
     shutil.copytree(monitors / "hwmon2", monitors / "hwmon10")
     (monitors / "hwmon2/temp1_input").write_text("99000\n")
     (monitors / "hwmon10/fan1_input").write_text("1200\n")
-    tree.set(FIRST.pci, "tt_therm_trip_count", "2\n")
+    for file, text in MORE_SENSORS.items():
+        tree.set(FIRST.pci, file, f"{text}\n")
     tree.write(tree.root / "proc/driver/tenstorrent/0/pids", "17\n4711\n")
 
 
-def test_every_metric(workdir: Path) -> None:
-    """A card that is gone keeps its verdict. Its readings would look new: none."""
-    blind = replace(
-        THIRD, card_type="", asic_id="", serial="", firmware="", heartbeat=False
-    )
-    tree = Tree(workdir, [FIRST, SECOND, blind])
-    add_all_sensors(tree)
-    metrics = metrics_of(workdir)
-    tree.remove(SECOND.pci)
-    metrics.inventory.poll(101.0)
-    metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=DRIVER)
-    count = metrics.registrar.shared.count
-    count("allocations_total", 3, resource=R150)
-    count("registrations_total", 2, resource=R150, cause="start")
-    count("refusals_total", resource=R150, call="Allocate", code="NOT_FOUND")
-    page = metrics.page(109.0)
-    assert {*re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)} == tt.METRICS.keys()
-
+def shortened(page: str) -> str:
+    """The samples of a metrics page with the names that PAGE has."""
     text = "\n".join(samples(page))
     text = re.sub(r"0000:(..):00\.0", r"\1", text)
     text = text.replace("/dev/tenstorrent", "DEV")
@@ -2573,25 +2616,93 @@ def test_every_metric(workdir: Path) -> None:
         R150: "R",
     }.items():
         text = text.replace(f"={name} ", f"={short} ")
-    assert sorted(text.splitlines()) == sorted(PAGE.strip().splitlines())
+    return text
 
 
-def test_junk_readings_are_counted_and_not_shown(workdir: Path) -> None:
+def test_every_metric(tree: Tree) -> None:
+    """A card that is gone keeps its verdict. Its readings would look new: none."""
+    blind = replace(
+        THIRD, card_type="", asic_id="", serial="", firmware="", heartbeat=False
+    )
+    for chip in (FIRST, SECOND, blind):
+        tree.add(chip)
+    add_all_sensors(tree)
+    metrics = metrics_of(tree.root)
+    tree.remove(SECOND.pci)
+    metrics.inventory.poll(101.0)
+    metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=DRIVER)
+    count = metrics.registrar.shared.count
+    count(f"{PREFIX}allocations_total", 3, resource=R150)
+    count(f"{PREFIX}registrations_total", 2, resource=R150, cause="start")
+    count(f"{PREFIX}refusals_total", resource=R150, call="Allocate", code="NOT_FOUND")
+    page = metrics.page(109.0)
+    assert {*re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)} == tt.HELP.keys()
+    assert sorted(shortened(page).splitlines()) == sorted(PAGE.strip().splitlines())
+
+
+# How a sensor's file says a number.
+FORMS: dict[Any, str] = {
+    tt.whole_number: "{}",
+    tt.link_speed: "{} GT/s PCIe",
+    tt.total_errors: "RxErr 1\nTOTAL_ERR_COR {}\n",
+}
+# All but that which counts how often a device node is open, which cannot be junk.
+NUMBERS = [sensor for sensor in tt.SENSORS if sensor.parse in FORMS]
+
+
+@pytest.fixture
+def heartless(workdir: Path) -> Tree:
+    """A node with one chip that has no heartbeat, as drivers before 2.7 have it."""
+    return Tree(workdir, [replace(FIRST, heartbeat=False)])
+
+
+@pytest.mark.parametrize("sensor", NUMBERS, ids=[sensor.metric for sensor in NUMBERS])
+def test_junk_readings_are_counted_and_not_shown(
+    heartless: Tree, sensor: tt.Sensor
+) -> None:
     """Stale telemetry, a dead bus, and what is below 0, as chips were seen to show."""
-    tree = Tree(workdir, [FIRST])
-    metrics = metrics_of(workdir)
-    junk = 0
-    for metric, (file, highest, *_) in [*tt.SENSORS.items()][:-1]:
-        file = file.replace("hwmon/", "device/hwmon/hwmon2/")
-        good = f"{highest}"
-        for text in (good, f"{highest + 1}", "4294967295", "-1", "N/A", "", None):
-            tree.set(FIRST.pci, file, text)
-            if text not in (good, None):
-                junk += 1
-            page = samples(metrics.page(109.0), f"chip={FIRST.pci}")
-            shown = any(metric in line for line in page)
-            assert shown == (text == good), (metric, text)
-            assert page[-1].endswith(f" {junk}"), (metric, text)
+    metrics = metrics_of(heartless.root)
+    folders = {"class": ".", "pci": "device", "hwmon": "device/hwmon/hwmon2"}
+    file = f"{folders[sensor.folder]}/{sensor.file}"
+    form = FORMS[sensor.parse]
+    largest = int(sensor.largest)
+
+    def shown(text: str | None) -> tuple[bool, str]:
+        heartless.set(FIRST.pci, file, text)
+        *page, junk = samples(metrics.page(109.0), f"chip={FIRST.pci}")
+        return any(sensor.metric in line for line in page), junk.split()[-1]
+
+    assert shown(form.format(largest)) == (True, "0")
+    texts = [form.format(largest + 1), form.format(2**64), form.format(-1), "N/A", ""]
+    for count, text in enumerate(texts, start=1):
+        assert shown(text) == (False, f"{count}"), text
+    assert shown(None) == (False, f"{len(texts)}")
+
+
+@rows(
+    "metric, file, text, value",
+    """
+    PCIe 4          link_speed_gts      current_link_speed   16.0 GT/s PCIe   16
+    PCIe 1          link_speed_gts      current_link_speed   2.5 GT/s PCIe    2.5
+    an old kernel   link_max_speed_gts  max_link_speed       8 GT/s           8
+    no link         link_speed_gts      current_link_speed   Unknown          -
+    no link's most  link_max_speed_gts  max_link_speed       Unknown          -
+    lanes           link_width          current_link_width   4                4
+    no link's       link_max_width      max_link_width       255              -
+    a table's sum   correctable_errors  aer_dev_correctable\
+  RxErr 2|Rollover 5|TOTAL_ERR_COR 7  7
+    no sum          correctable_errors  aer_dev_correctable  RxErr 2|Rollover 5  -
+    """,
+)
+def test_what_a_pci_file_says(
+    heartless: Tree, metric: str, file: str, text: str, value: str
+) -> None:
+    """As Linux writes it. What is no number is counted as junk."""
+    heartless.set(FIRST.pci, f"device/{file}", text.replace("|", "\n") + "\n")
+    *page, junk = samples(metrics_of(heartless.root).page(109.0), "chip=")
+    found = [line.split()[-1] for line in page if f"tt_pcie_{metric}" in line]
+    assert found == [value] * (value != "-")
+    assert junk.split()[-1] == f"{int(value == '-')}"
 
 
 @rows(
@@ -2605,53 +2716,87 @@ def test_junk_readings_are_counted_and_not_shown(workdir: Path) -> None:
     """,
 )
 def test_sensors_are_read_from_driver_2_7_on(
-    workdir: Path, driver: str, readable: str
+    heartless: Tree, driver: str, readable: str
 ) -> None:
     """Before that a read could oops the kernel."""
-    Tree(workdir, [FIRST])
-    metrics = metrics_of(workdir)
+    metrics = metrics_of(heartless.root)
     snapshot = replace(metrics.inventory.snapshot, driver=driver.strip("-"))
     metrics.inventory.snapshot = snapshot
     shown = samples(metrics.page(109.0), "tt_ai_clock_mhz")
     assert len(shown) == (readable == "yes")
 
 
-def temperatures(metrics: tt.Metrics) -> list[str]:
-    """Chip and value of each temperature that a scrape shows."""
-    lines = samples(metrics.page(101.0), "asic_temperature")
+def temperatures(page: str) -> list[str]:
+    """Chip and value of each temperature on a metrics page."""
+    lines = samples(page, "asic_temperature")
     return [line.split("chip=")[1] for line in lines]
 
 
-def test_a_sensor_that_hangs_holds_up_one_scrape(workdir: Path) -> None:
-    """The next ones leave that chip out, until the read returns."""
-    tree = Tree(workdir, [FIRST, SECOND])
-    file = "device/hwmon/hwmon2/temp1_input"
-    other = f"{SECOND.pci} 54.3"
-    metrics = metrics_of(workdir)
-    tree.hang(FIRST.pci, file)
+TEMPERATURE = "device/hwmon/hwmon2/temp1_input"
+SECOND_SHOWN = f"{SECOND.pci} 54.3"
+
+
+@contextlib.contextmanager
+def hanging_scrape(
+    tree: Tree, scrape: Callable[[], Any]
+) -> Iterator[tuple[Future[Any], ThreadPoolExecutor]]:
+    """One that hangs in a read of the first chip's temperature, until the end.
+
+    The pool that it runs in is for others that could hang, too.
+    """
+    tree.hang(FIRST.pci, TEMPERATURE)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(temperatures, metrics)
-        with open(
-            tree.entry(FIRST.pci) / file, "w"
-        ):  # waits for that scrape to open it
+        hanging = pool.submit(scrape)
+        # Opening a FIFO waits for who reads it.
+        with open(tree.entry(FIRST.pci) / TEMPERATURE, "w"):
             try:
-                assert pool.submit(temperatures, metrics).result(5) == [other]
-                assert not first.done()
+                yield hanging, pool
             finally:
-                tree.release(FIRST.pci, file, "60000\n")
-        expected = [f"{FIRST.pci} 60", other]
-        assert first.result(5) == expected
-        assert temperatures(metrics) == expected
+                tree.release(FIRST.pci, TEMPERATURE, "60000\n")
 
 
-def test_no_scrape_waits_for_a_chip_whose_poll_hangs(workdir: Path) -> None:
-    """It is left out."""
-    tree = Tree(workdir, [FIRST, SECOND])
-    metrics = metrics_of(workdir)
-    tree.hang(FIRST.pci, "tt_heartbeat")
-    metrics.inventory.poll(102.0)
-    assert temperatures(metrics) == [f"{SECOND.pci} 54.3"]
-    tree.release(FIRST.pci, "tt_heartbeat", "7\n")
+def test_a_sensor_that_hangs_holds_up_one_scrape(tree: Tree) -> None:
+    """The next ones leave that chip out, until the read returns."""
+    tree.add(FIRST)
+    tree.add(SECOND)
+    metrics = metrics_of(tree.root)
+    scrape = functools.partial(metrics.page, 101.0)
+    with hanging_scrape(tree, scrape) as (first, pool):
+        assert temperatures(pool.submit(scrape).result(5)) == [SECOND_SHOWN]
+        assert not first.done()
+    expected = [f"{FIRST.pci} 60", SECOND_SHOWN]
+    assert temperatures(first.result(5)) == expected
+    assert temperatures(scrape()) == expected
+
+
+def test_a_sensor_that_hangs_holds_up_no_probe(
+    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound
+) -> None:
+    """Nor the polls: what reads files runs in a thread of its own."""
+    plugin = launch(four, kubelet, HTTP, offers=4)
+    mark = kubelet.log.mark()
+    ask = functools.partial(fetch, plugin, "/metrics")
+    with hanging_scrape(four, ask) as (scrape, _):
+        began = time.monotonic()
+        assert fetch(plugin, "/healthz")[0] == 200
+        bound("a probe while a scrape hangs", time.monotonic() - began, 1.0)
+        four.remove(FOURTH.pci)
+        kubelet.wait_status(R150, 4, 3, after=mark)
+        assert not scrape.done()
+    _, page = scrape.result(5)
+    assert f"{FIRST.pci} 60" in temperatures(page)
+
+
+def test_no_scrape_waits_for_a_chip_whose_reader_hangs(
+    kubelet: Kubelet, four: Tree, launch: Launch
+) -> None:
+    """It is left out, as its sensors may hang, too. The others are shown."""
+    plugin = launch(four, kubelet, FAST, HTTP, offers=4)
+    four.hang(FIRST.pci, "tt_heartbeat")
+    three = [f"{chip.pci} 54.3" for chip in (SECOND, THIRD, FOURTH)]
+    wait_until(lambda: temperatures(fetch(plugin, "/metrics")[1]) == three)
+    four.hang(FIRST.pci, TEMPERATURE)
+    assert temperatures(fetch(plugin, "/metrics")[1]) == three
 
 
 # ---- Pages ----
@@ -2662,29 +2807,18 @@ def test_healthz(poll_seconds: float, limit: int) -> None:
     """503 if polls do not go on. How long is too long follows --poll-seconds."""
     inventory = tt.Inventory(tt.Settings(poll_seconds=poll_seconds))
     inventory.polled_at = 1000.0
-    inventory.failure.problem = "WHY"
-    loop = asyncio.new_event_loop()
+    inventory.poll_trouble.problem = "WHY"
     text = f"stuck: the last poll ended {limit + 1} s ago. WHY"
-    assert tt.alive(inventory, loop, 1001.0 + limit) == (503, text)
-    loop.close()
-
-
-def test_healthz_of_a_stuck_event_loop() -> None:
-    """503, as a restart can mend it."""
-    inventory = tt.Inventory(tt.Settings())
-    inventory.polled_at = 1000.0
-    loop = asyncio.new_event_loop()  # it does not run
-    text = "stuck: the event loop does not answer"
-    assert tt.alive(inventory, loop, 1001.0) == (503, text)
-    loop.close()
+    assert tt.healthz(inventory, 1001.0 + limit) == (503, text)
+    text = f"ok: the last poll ended {limit}.0 s ago. WHY"
+    assert tt.healthz(inventory, 1000.0 + limit) == (200, text)
 
 
 def test_readyz_before_the_first_poll() -> None:
     """503: nobody knows yet what there is to register."""
-    inventory = tt.Inventory(tt.Settings())
-    shared = tt.Shared(inventory, tt.preferred_allocation, lambda cards: [])
+    shared = tt.Shared(tt.Inventory(tt.Settings()), tt.preferred_allocation)
     expected = (503, "the first poll has not ended yet")
-    assert tt.ready(tt.Registrar(shared)) == expected
+    assert tt.readyz(tt.Registrar(shared)) == expected
 
 
 def test_readyz(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
@@ -2736,6 +2870,171 @@ def test_unknown_pages(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     assert fetch(plugin, "/") == (404, text)
 
 
+# ---- The HTTP server ----
+
+LARGE = "x" * 4_000_000  # more than the buffers of a connection hold
+
+
+async def large_page() -> tt.Page:
+    """A page of a server for tests."""
+    return tt.Page(HTTPStatus.OK, LARGE)
+
+
+async def small_page() -> tt.Page:
+    """Another one."""
+    return tt.Page(HTTPStatus.OK, "text")
+
+
+async def broken_page() -> tt.Page:
+    """One that has a defect."""
+    raise ValueError("WHY")
+
+
+PAGES = {"/large": large_page, "/small": small_page, "/broken": broken_page}
+
+
+@contextlib.contextmanager
+def serving_pages(address: str = "127.0.0.1:0") -> Iterator[int]:
+    """The plugin's HTTP server with these pages, in a thread: its port."""
+    port: Future[int] = Future()
+    ended = threading.Event()
+
+    async def serve() -> None:
+        pages = tt.PageServer(PAGES)
+        server = await pages.listen(tt.listen_address(address))
+        port.set_result(server.sockets[0].getsockname()[1])
+        await asyncio.to_thread(ended.wait)
+        server.close()
+        pages.close_clients()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        yield port.result(10)
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def pages() -> Iterator[int]:
+    """The port of a server with PAGES."""
+    with serving_pages() as port:
+        yield port
+
+
+def dial_http(port: int) -> socket.socket:
+    """A new connection. Its reads wait less long than the server does at its end."""
+    return socket.create_connection(("127.0.0.1", port), timeout=tt.REQUEST_S - 1)
+
+
+def receive_all(client: socket.socket) -> bytes:
+    """What comes until the server ends the connection. Raises if that is a reset."""
+    return b"".join(iter(functools.partial(client.recv, 65536), b""))
+
+
+def answer_to(port: int, request: bytes) -> tuple[int, bytes]:
+    """Status, and the whole answer."""
+    with dial_http(port) as client:
+        client.sendall(request)
+        answer = receive_all(client)
+    return int(answer.split(b" ")[1]), answer
+
+
+@rows(
+    "said_by_client, status",
+    """
+    GET                   GET /small HTTP/1.1|Host: x   200
+    an old client         GET /small HTTP/1.0           200
+    a query               GET /small?y=z HTTP/1.1       200
+    no such page          GET / HTTP/1.1                404
+    no page of that form  GET http://x/small HTTP/1.1   404
+    POST                  POST /small HTTP/1.1          405
+    DELETE                DELETE /small HTTP/1.1        405
+    another HTTP          GET /small HTTP/9.9           400
+    no HTTP               GET /small                    400
+    a lower-case method   get /small HTTP/1.1           400
+    binary                \x01\x02\x03                  400
+    """,
+)
+def test_what_a_request_is_answered(
+    pages: int, said_by_client: str, status: str
+) -> None:
+    """It is whole once there is an empty line ("|" stands for an end of line)."""
+    text = said_by_client.replace("|", "\r\n") + "\r\n\r\n"
+    found, answer = answer_to(pages, text.encode())
+    assert found == int(status)
+    head, body = answer.split(b"\r\n\r\n")
+    assert f"\r\nContent-Length: {len(body)}\r\n".encode() in head
+    assert b"\r\nAllow: GET, HEAD\r\n" in head
+
+
+def test_head_is_answered_with_the_head_of_the_page(pages: int) -> None:
+    """And its length, but no text."""
+    _, whole = answer_to(pages, b"GET /small HTTP/1.1\r\n\r\n")
+    _, head = answer_to(pages, b"HEAD /small HTTP/1.1\r\n\r\n")
+    assert whole == head + b"text\n"
+
+
+def test_a_request_in_two_packets_is_one_request(pages: int) -> None:
+    """It is not answered before it is whole."""
+    with dial_http(pages) as client:
+        client.sendall(b"GET /sm")
+        # By then the server has read the first packet.
+        assert fetch(pages, "/small")[0] == 200
+        client.sendall(b"all HTTP/1.1\r\n\r\n")
+        assert receive_all(client).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(("size", "status"), [(8192, 200), (8300, 431), (80_000, 431)])
+def test_a_head_may_have_8_kib(pages: int, size: int, status: int) -> None:
+    """431 for a longer one, also if it never ends."""
+    text = b"GET /small HTTP/1.1\r\nX: "
+    padding = b"x" * (size - len(text) - 4)
+    assert answer_to(pages, text + padding + b"\r\n\r\n")[0] == status
+    if status == 431:
+        assert answer_to(pages, text + padding)[0] == status
+
+
+def test_unread_bytes_do_not_reset_the_connection(pages: int) -> None:
+    """A client that sends more than it has to gets the whole page."""
+    with dial_http(pages) as client:
+        client.sendall(b"GET /large HTTP/1.1\r\n\r\n" + b"x" * 300_000)
+        answer = receive_all(client)
+    _, body = answer.split(b"\r\n\r\n")
+    assert body.decode() == f"{LARGE}\n"
+
+
+def test_a_page_that_fails_is_seen(
+    pages: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is 500, and one line of the log with a traceback. The next one is answered."""
+    assert fetch(pages, "/broken") == (500, "ValueError('WHY')\n")
+    (record,) = caplog.records
+    assert record.getMessage() == "/broken failed"
+    assert record.exc_info
+    assert fetch(pages, "/small") == (200, "text\n")
+
+
+def test_the_client_that_has_waited_longest_is_dropped(pages: int) -> None:
+    """Once there are too many. The others can still ask."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial_http(pages)) for _ in range(tt.CLIENTS)]
+        assert fetch(pages, "/small")[0] == 200
+        assert receive_all(clients[0]) == b""
+        for client in (clients[1], clients[-1]):
+            client.sendall(b"GET /small HTTP/1.1\r\n\r\n")
+            assert receive_all(client).endswith(b"text\n")
+
+
+def test_listens_on_one_address_or_all() -> None:
+    """IPv4 and IPv6, as a Pod's address may be of either kind."""
+    for host in ("127.0.0.1", "[::1]")[: 1 + socket.has_dualstack_ipv6()]:
+        for address in (f"{host}:0", ":0"):
+            with serving_pages(address) as port:
+                assert fetch(port, "/small", host.strip("[]"))[0] == 200
+
+
 def nonsense() -> list[bytes]:
     """What is no HTTP request, or far too large for one."""
     head = b"".join(b"x%d: %s\r\n" % (n, b"a" * 65_000) for n in range(90))
@@ -2747,42 +3046,97 @@ def nonsense() -> list[bytes]:
     ]
 
 
-def test_silent_and_hostile_http_clients_hold_up_nobody(
-    kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
+def test_hostile_http_clients_cost_no_memory(
+    kubelet: Kubelet, tree: Tree, launch: Launch
 ) -> None:
-    """100 say nothing or half a request, others talk nonsense."""
+    """Those that talk nonsense, and those that say half a request."""
     plugin = launch(tree, kubelet, HTTP)
-    line = plugin.wait_for_line("HTTP on port")
-    address = ("127.0.0.1", int(re.findall(r"port (\d+)", line)[0]))
+    port = port_of(plugin)
     before = private_memory(plugin)
     hostile = nonsense()
     with contextlib.ExitStack() as stack:
-        for sent in hostile + [b"", b"GET /metr"] * 50:
-            connection = socket.create_connection(address, timeout=10)
-            client = stack.enter_context(connection)
+        for sent in hostile + [b"GET /metr"] * 50:
+            client = stack.enter_context(dial_http(port))
             with contextlib.suppress(ConnectionError):  # it has heard enough
                 client.sendall(sent)
                 assert sent not in hostile or b"metrics" not in client.recv(100)
-        assert private_memory(plugin) - before < 30_000
-        began = time.monotonic()
         status, text = fetch(plugin, "/healthz")
-        seconds = time.monotonic() - began
-    bound("a probe beside 100 silent HTTP clients", seconds, 1.0)
+        assert private_memory(plugin) - before < 10_000
     assert status == 200
     assert re.fullmatch(r"ok: the last poll ended [01]\.\d s ago\.\n", text)
 
 
-def test_listens_on_one_address_or_all() -> None:
-    """IPv4 and IPv6, as a Pod's address may be of either kind.
+def peak_memory(plugin: Plugin) -> int:
+    """The most that was ever resident, in KiB, with what it shares with others."""
+    text = Path(f"/proc/{plugin.process.pid}/status").read_text()
+    (most,) = re.findall(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE)
+    return int(most)
 
-    A page that fails says why.
-    """
-    pages: Any = {"/x": lambda: 1 / 0}
-    for host in ("127.0.0.1", "[::1]")[: 1 + socket.has_dualstack_ipv6()]:
-        for address in (f"{host}:0", ":0"):
-            said = tt.open_port(tt.listen_address(address), pages)
-            failed = (500, "ZeroDivisionError('division by zero')\n")
-            assert fetch(said, "/x?y=z", host.strip("[]")) == failed
+
+@contextlib.contextmanager
+def silent_clients(port: int) -> Iterator[threading.Semaphore]:
+    """A thousand that say nothing, and a hundred more each second: each is counted."""
+    clients = [dial_http(port) for _ in range(1000)]
+    arrived = threading.Semaphore(0)
+    done = threading.Event()
+
+    def keep_coming() -> None:
+        while not done.wait(0.01):
+            clients.append(dial_http(port))
+            arrived.release()
+
+    with ThreadPoolExecutor() as pool:
+        coming = pool.submit(keep_coming)
+        try:
+            yield arrived
+        finally:
+            done.set()
+    coming.result()
+    for client in clients:
+        client.close()
+
+
+def test_silent_http_clients_hold_up_no_probe(
+    kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
+) -> None:
+    """A thousand, and a hundred more each second, with 1,024 file descriptors."""
+    plugin = launch(tree, kubelet, HTTP)
+    port = port_of(plugin)
+    prlimit(plugin.process.pid, RLIMIT_NOFILE, (1024, 1024))
+    slowest = 0.0
+    with silent_clients(port) as arrived:
+        for number in range(200):
+            assert arrived.acquire(timeout=10)
+            if number % 10 == 0:
+                began = time.monotonic()
+                assert fetch(port, "/healthz")[0] == 200
+                slowest = max(slowest, time.monotonic() - began)
+    bound("a probe beside 1,000 silent HTTP clients", slowest, 1.0)
+    assert peak_memory(plugin) < 60 * 1024
+    assert not plugin.lines("ERROR|WARNING")
+
+
+def test_stops_while_pages_are_asked_for(
+    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound
+) -> None:
+    """And while a client says nothing. Until then each page is answered."""
+    plugin = launch(four, kubelet, HTTP, offers=4)
+    port = port_of(plugin)
+    answered = threading.Semaphore(0)
+
+    def ask(path: str) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while fetch(port, path)[0] == 200:
+                answered.release()
+
+    with ThreadPoolExecutor() as pool, dial_http(port):
+        for path in ("/readyz", "/metrics", *["/healthz"] * 10):
+            pool.submit(ask, path)
+        for _ in range(50):
+            assert answered.acquire(timeout=10)
+        code, seconds = plugin.end()
+    assert code == 0
+    bound("SIGTERM to the end while pages are asked for", seconds, 1.0)
 
 
 # ==== Appendix C. Files for other tools: a CDI specification, and node labels =========
