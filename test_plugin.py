@@ -3139,38 +3139,40 @@ def test_stops_while_pages_are_asked_for(
     bound("SIGTERM to the end while pages are asked for", seconds, 1.0)
 
 
-# ==== Appendix C. Files for other tools: a CDI specification, and node labels =========
+# ==== Appendix F. Files for other tools: a CDI specification, and node labels =========
 
 
 class Keeper:
     """The files for other tools, of a node with an n150 and a p300."""
 
     def __init__(self, folder: Path) -> None:
+        self.tree = Tree(folder)
         later = [replace(chip, index=chip.index + 4) for chip in P300]
-        self.tree = Tree(folder, [FIRST, *later])
-        self.inventory = metrics_of(folder).inventory
+        for chip in (FIRST, *later):
+            self.tree.add(replace(chip, heartbeat=False))
         self.cdi = folder / "cdi"
         self.labels = folder / "labels"
-        settings = replace(
-            self.inventory.settings,
+        self.settings = tt.Settings(
+            sysfs_root=self.tree.sys,
+            dev_root=self.tree.dev,
             hugepages="always",
             cdi_dir=self.cdi,
             labels_dir=self.labels,
+            poll_seconds=0.1,  # a reader counts as one that hangs after 50 polls
         )
-        self.files = tt.KeptFiles(settings)
+        self.inventory = tt.Inventory(self.settings)
+        self.files = tt.KeptFiles(self.settings)
         self.file = self.cdi / CDI
         self.draft = self.cdi / f".{CDI}.new"
 
     def keep(self) -> dict[str, str]:
-        """The CDI file's names, each with its device nodes, after it was written.
+        """Poll, and write the files if need be: the CDI file's names, if there is one.
 
-        None unless all healthy cards have a name. podman judges the rest of the file.
+        Each has its device nodes. podman judges the rest of the file.
         """
-        snapshot = self.inventory.snapshot
-        self.files.keep(snapshot)
+        self.files.keep(self.inventory.poll(time.monotonic()))
         self.files._thread.join(5)
-        healthy = [card for card in snapshot.cards if card.verdict.health == "Healthy"]
-        if not self.files.cdi_names(healthy):
+        if not self.file.exists():
             return {}
         nodes = {}
         for one in json.loads(self.file.read_text())["devices"]:
@@ -3195,13 +3197,11 @@ CDI_NAMES = {
 
 
 def test_names_in_the_cdi_file(workdir: Path) -> None:
-    """Each healthy card by ID and by N, and all. Others can read the file."""
+    """Each healthy card by ID and by N, and all."""
     keeper = Keeper(workdir)
     assert keeper.keep() == CDI_NAMES
     assert keeper.file.read_text().count('"containerPath": "/dev/hugepages-1G"') == 6
     assert keeper.listing() == [CDI, LABELS]
-    names = [f"tenstorrent.com/card={card_id}" for card_id in (FIRST.id, P300_ID)]
-    assert keeper.files.cdi_names(keeper.inventory.snapshot.cards) == names
 
 
 def test_kept_files_are_written_if_need_be(workdir: Path) -> None:
@@ -3219,13 +3219,10 @@ def test_the_cdi_file_follows_n_and_health(workdir: Path) -> None:
     """Without healthy cards there is none."""
     keeper = Keeper(workdir)
     keeper.tree.move(FIRST.pci, 7)
-    keeper.inventory.poll(101.0)
     assert keeper.keep()["7"] == "/dev/tenstorrent/7"
     keeper.tree.remove(FIRST.pci)
-    keeper.inventory.poll(102.0)
     assert keeper.keep()["all"] == P300_NODES
     keeper.tree.remove(P300[0].pci)
-    keeper.inventory.poll(103.0)
     assert not keeper.keep()
     assert keeper.listing() == [LABELS]
 
@@ -3233,18 +3230,16 @@ def test_the_cdi_file_follows_n_and_health(workdir: Path) -> None:
 def test_a_file_that_cannot_be_written(
     workdir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is tried again, and said once; no name of it is given out meanwhile."""
+    """It is tried again, and said once. What is there stays meanwhile."""
     caplog.set_level(logging.INFO, "tt-device-plugin")
     keeper = Keeper(workdir)
     keeper.keep()
     keeper.draft.mkdir()
     keeper.tree.move(FIRST.pci, 7)
-    keeper.inventory.poll(101.0)
-    assert [keeper.keep(), keeper.keep()] == [{}, {}]
-    keeper.tree.move(FIRST.pci, 0)  # the file is right again before it was written
-    keeper.inventory.poll(102.0)
     assert [keeper.keep(), keeper.keep()] == [CDI_NAMES, CDI_NAMES]
     keeper.draft.rmdir()
+    assert "7" in keeper.keep()
+    assert "7" in keeper.keep()
     assert [record.getMessage() for record in caplog.records] == [
         f"cannot keep {keeper.file}: Is a directory; trying again",
         f"{keeper.file} is kept again",
@@ -3285,18 +3280,37 @@ def test_kept_files_are_for_everybody(
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
 
 
-def test_with_cdi_a_card_whose_n_has_changed_is_refused(
+def test_pods_are_given_no_cdi_name(
     kubelet: Kubelet, tree: Tree, launch: Launch, kept: list[Path]
 ) -> None:
-    """CDI's device nodes do not follow it."""
+    """It would follow N, not the card. The file is for podman and docker."""
     tree.add(replace(FIRST, by_id=True))
     launch(tree, kubelet, *keep_flags(kept), offers=1)
-    wait_until(lambda: kubelet.allocate(R150, [FIRST.id])["cdi_devices"])
-    kubelet.pre_start(R150, [FIRST.id])
-    tree.move(FIRST.pci, 4)
-    wait_until(lambda: kept[0].exists() and "/4" in kept[0].read_text())
-    with refused("FAILED_PRECONDITION", "/dev/tenstorrent/0", "delete the Pod"):
-        kubelet.pre_start(R150, [FIRST.id])
+    wait_until(kept[0].exists)
+    answer = kubelet.allocate(R150, [FIRST.id])
+    assert answer["devices"]
+    assert not answer["cdi_devices"]
+    assert not answer["annotations"]
+
+
+def test_one_without_the_lock_leaves_the_files_alone(
+    kubelet: Kubelet, four: Tree, launch: Launch, kept: list[Path]
+) -> None:
+    """Also where it has no lock because it cannot be had, and at its end."""
+    launch(four, kubelet, *keep_flags(kept), FAST, offers=4)
+    for path in kept:
+        wait_until(path.exists)
+    before = [path.stat() for path in kept]
+    elsewhere = four.root / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "device-plugins").touch()  # no folder, so it cannot be locked
+    flags = [*four.flags, *keep_flags(kept), f"--kubelet-dir={elsewhere}"]
+    flags += ["--hugepages=always", "--resource-domain=x.org"]  # it would write others
+    with contextlib.closing(Plugin([*COMMAND, *flags])) as other:
+        other.wait_for_line("cannot lock .*: Not a directory")
+        other.wait_for_line(f"{FOURTH.id} .* is Healthy")
+        assert other.end()[0] == 0
+    assert [path.stat() for path in kept] == before
 
 
 def test_one_that_stands_by_leaves_the_files_alone(
