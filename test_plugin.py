@@ -13,6 +13,7 @@ import base64
 import calendar
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -30,6 +31,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import zipfile
@@ -3396,7 +3398,7 @@ def test_no_label_for_different_firmware(workdir: Path) -> None:
     assert tt.node_labels(settings, replace(mixed, cards=())) == ""
 
 
-# ==== Appendix D. The command line: flags, --list, --dry-run, --fake ==================
+# ==== Appendix G. The command line: flags, --list, --dry-run, --fake ==================
 
 # Each flag, two values that are right, and wrong ones. "-": a switch, whose variable
 # has a value.
@@ -3487,6 +3489,42 @@ def test_readme_names_each_flag() -> None:
     assert {*find_flags(" ".join(arguments))} <= FLAG_NAMES
 
 
+def test_readme_sets_no_unknown_variable() -> None:
+    """It would have no effect, and nobody would be told."""
+    named = {*re.findall(r"\bTT_DEVICE_PLUGIN_[A-Z_]+", README)}
+    assert named <= {variable_of(flag) for flag in FLAG_NAMES}
+
+
+def test_readme_and_help_have_one_wording() -> None:
+    """A flag's meaning in README is what --help says, and may say more after that."""
+    meanings = {}
+    for flags, _, _, meaning in table("flag"):
+        name, _, metavar = in_code(flags)[0].replace("\\|", "|").partition(" ")
+        meanings[name] = (metavar, meaning.replace("`", ""))
+    shown = " ".join(run(COMMAND, "--help", COLUMNS="300").stdout.split())
+    for flag in tt.FLAGS:
+        metavar, meaning = meanings[flag.name]
+        assert metavar == flag.metavar
+        assert re.fullmatch(re.escape(flag.help) + r"([;.] .+)?", meaning), flag.name
+        about = f"{flag.name} {flag.metavar}".strip()
+        assert f"{about} {flag.help}" in shown
+
+
+def test_readme_and_help_have_one_default() -> None:
+    """What a flag is without being set; "off" is nothing."""
+    shown = " ".join(run(COMMAND, "--help", COLUMNS="300").stdout.split())
+    for flags, _, default, _ in table("flag")[:-1]:
+        (name,) = find_flags(flags)
+        text = default.strip("`")
+        options = tt.parse([], {})
+        value = getattr(options, name.removeprefix("--").replace("-", "_"))
+        if text == "off":
+            assert not value, name
+        else:
+            assert str(value).removesuffix(".0") == text
+            assert f"(default: {value})" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -3527,9 +3565,10 @@ def test_list_without_cards(workdir: Path) -> None:
 
 
 @pytest.fixture
-def mixed(workdir: Path) -> Tree:
+def mixed(tree: Tree) -> Tree:
     """A node with cards in any state."""
-    tree = Tree(workdir, [FIRST, FOURTH])
+    tree.add(FIRST)
+    tree.add(FOURTH)
     tree.add(replace(SECOND, card_type=""))
     tree.add(replace(THIRD, card_type="unknown"))
     for chip in P300:
@@ -3580,6 +3619,32 @@ def test_list_in_columns(mixed: Tree) -> None:
     assert "vfio-pci" in no_driver
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_list_that_nobody_reads_ends_by_a_signal(
+    tmp_path: Path, bound: Bound, how: signal.Signals
+) -> None:
+    """At once, with exit code 0, and without a trace of made-up cards."""
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    command = [*COMMAND, "--fake=n150=40", "--list", "--json"]
+    env = environment(TMPDIR=str(tmp_path))
+    with contextlib.closing(Plugin(command, stdout=writer, env=env)) as plugin:
+        os.close(writer)
+        wait_until(lambda: unread(reader) == size)
+        code, seconds = plugin.end(how)
+        os.close(reader)
+    assert code == 0
+    assert not plugin.lines()
+    bound(f"{how.name} to the end of --list", seconds, 1.0)
+    assert not os.listdir(tmp_path)
+
+
+def unread(pipe: int) -> int:
+    """How many bytes wait in a pipe."""
+    answer = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
 # ---- --dry-run ----
 
 
@@ -3616,6 +3681,43 @@ def test_dry_run_says_after_which_step_it_failed(
     assert done.returncode == 1
     assert "\nFAILED after the step above: " in done.stdout
     assert done.stdout.split("\n\n")[-2].lstrip().startswith(step), done.stdout
+
+
+def test_a_dry_run_says_why_its_plugin_has_ended() -> None:
+    """It does not wait for a registration that will not come."""
+
+    async def fail() -> None:
+        raise tt.CannotWork("WHY")
+
+    async def wait() -> None:
+        plugin = asyncio.create_task(fail())
+        await tt.next_request(tt.DryRunKubelet(), plugin)
+
+    with pytest.raises(tt.CannotWork, match="WHY"):
+        asyncio.run(wait())
+
+
+# Runs the plugin in an interpreter to which something was done first.
+PROGRAM = """
+import importlib.machinery, os, runpy, signal, sys, tempfile
+{}
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+NO_TEMPORARY_FOLDER = "tempfile._candidate_tempdir_list = lambda: ['/nowhere']"
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--list"])
+def test_cannot_work_without_a_temporary_folder(flag: str) -> None:
+    """Exit code 1, and a sentence that says what to set."""
+    path = f"sys.path.insert(0, {str(HERE)!r})"
+    program = PROGRAM.format(f"{path}; {NO_TEMPORARY_FOLDER}")
+    command = [sys.executable, "-c", program, COMMAND[-1]]
+    done = run(command, "--fake=n150=1", flag)
+    assert done.returncode == 1
+    assert re.search(
+        r"^\S+ ERROR cannot make a temporary folder: .*set TMPDIR.*\n$", done.stderr
+    )
 
 
 @pytest.mark.parametrize("uid", [0, 65534])
