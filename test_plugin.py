@@ -3758,7 +3758,8 @@ def build_words(packed: Path) -> list[str]:
 
 
 @pytest.fixture(
-    params=[PYZ, pytest.param(UNIVERSAL, marks=long_only)], ids=lambda file: file.name
+    params=[PYZ, pytest.param(UNIVERSAL, marks=long_only)],
+    ids=[PYZ.name, UNIVERSAL.name],
 )
 def packed(request: pytest.FixtureRequest) -> Path:
     """The file for this interpreter; with --long the universal one, too."""
@@ -3974,6 +3975,7 @@ mount --bind "$WORKDIR" mnt; mount --bind "$HERE" srv; mount --bind /usr/bin hom
 for each in mnt srv home; do mount -o remount,bind,ro $each; done
 mount --bind "$WORKDIR/k/device-plugins" mnt/k/device-plugins
 mount -o remount,bind,ro .
+# shellcheck disable=SC2086  # $VARIABLES are several words
 exec env -i PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin $VARIABLES \
     chroot --userspec=65532:65532 . "$@"
 """
@@ -4057,10 +4059,12 @@ def test_serves_as_an_image(four: Tree, open_kubelet: Kubelet, tmp_path: Path) -
     assert "image: localhost/plugin:1\n" in (HERE / "dist/daemonset.yaml").read_text()
     *_, text, box["ROOT"] = done.stdout.splitlines()
     config = json.loads(text)
-    box["VARIABLES"] = " ".join(config["Env"])
+    box["VARIABLES"] = " ".join([*config["Env"], "TMPDIR=/mnt/k/device-plugins"])
     python, *words = config["Entrypoint"]
 
-    done = run([*IN_BOX, python, "-v", *words, "--version"], **box)
+    # Made-up cards need what the plugin imports last, and a folder to write to.
+    flags = ["--fake=n150=1", "--list"]
+    done = run([*IN_BOX, python, "-v", *words, *flags], **box)
     pattern = r"^# code object from '?(/.*\.py)'?$"
     assert done.returncode == 0
     assert re.findall(pattern, done.stderr, re.MULTILINE) == []
@@ -4098,19 +4102,20 @@ def check_version(command: Sequence[str], code: int, says: str) -> None:
     assert re.search(says, said), said
 
 
-# Runs a packed file in this process after something was done to it.
-PROGRAM = """
-import importlib.machinery, os, runpy, sys
-{}
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def changed(packed: Path, change: str) -> list[str]:
+    """What runs a packed file in an interpreter to which this was done first."""
+    return [sys.executable, "-c", PROGRAM.format(change), str(packed)]
 
 
 @pytest.mark.parametrize(
     ("change", "code", "says"),
     [
         ("del os.memfd_create", 0, f"^tt-device-plugin {tt.__version__} "),
+        (
+            f"del os.memfd_create; {NO_TEMPORARY_FOLDER}",
+            1,
+            "cannot start: .* needs memfd_create, or a folder for temporary files",
+        ),
         (
             "sys.modules['asyncio'] = None",
             1,
@@ -4122,8 +4127,20 @@ def test_packed_file_says_what_is_missing(
     packed: Path, change: str, code: int, says: str
 ) -> None:
     """In one sentence; it can do without memfd_create."""
-    command = [sys.executable, "-c", PROGRAM.format(change), str(packed)]
-    check_version(command, code, says)
+    check_version(changed(packed, change), code, says)
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_packed_file_ends_by_a_signal_while_it_starts(packed: Path, how: str) -> None:
+    """With exit code 0, and without a traceback."""
+    change = f"""
+def send(event, arguments):
+    if event == "import" and arguments[0] == "grpc":
+        signal.raise_signal(signal.{how})
+sys.addaudithook(send)
+"""
+    done = run(changed(packed, change), "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_packed_file_names_its_pythons(packed: Path) -> None:
@@ -4132,7 +4149,7 @@ def test_packed_file_names_its_pythons(packed: Path) -> None:
     versions = ", ".join(f"3.{minor}" for minor in minors)
     says = f"is not for this Python.* CPython {versions} on "
     change = "importlib.machinery.EXTENSION_SUFFIXES[:] = ['.cpython-399-other.so']"
-    check_version([sys.executable, "-c", PROGRAM.format(change), str(packed)], 1, says)
+    check_version(changed(packed, change), 1, says)
     for minor, path in interpreters().items():
         if minor < min(PYTHONS):
             check_version([path, str(packed)], 1, says)
