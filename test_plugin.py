@@ -4158,7 +4158,8 @@ def test_packed_file_names_its_pythons(packed: Path) -> None:
 
 # ==== README and daemonset.yaml: what they say ========================================
 
-MANIFEST: Event = yaml.safe_load((HERE / "daemonset.yaml").read_text())
+MANIFEST_TEXT = (HERE / "daemonset.yaml").read_text()
+ACCOUNT, MANIFEST = yaml.safe_load_all(MANIFEST_TEXT)
 
 
 def kubernetes_versions() -> list[str]:
@@ -4204,21 +4205,50 @@ IMAGE_NAME = "registry.example/plugin:7"
 
 
 @pytest.fixture(params=["file", "image"])
-def manifest(request: pytest.FixtureRequest) -> Event:
-    """That for the file on the node, and that for an image."""
+def objects(request: pytest.FixtureRequest) -> list[Event]:
+    """Those of the manifest for the file on the node, and of that for an image."""
     if request.param == "file":
-        return MANIFEST
+        return [ACCOUNT, MANIFEST]
     done = finish([sys.executable, HERE / "tools/manifest.py", IMAGE_NAME])
-    made: Event = yaml.safe_load(done.stdout)
-    assert container_of(made)["image"] == IMAGE_NAME
+    made = list(yaml.safe_load_all(done.stdout))
+    assert container_of(made[-1])["image"] == IMAGE_NAME
     return made
 
 
+@pytest.fixture
+def manifest(objects: list[Event]) -> Event:
+    """The DaemonSet of either."""
+    _, daemonset = objects
+    return daemonset
+
+
 @pytest.mark.parametrize("version", kubernetes_versions())
-def test_manifest_is_valid(manifest: Event, version: str) -> None:
+def test_manifest_is_valid(objects: list[Event], version: str) -> None:
     """And so is README's Pod."""
-    for one in (manifest, POD):
+    for one in (*objects, POD):
         kubernetes_validate.validate(one, version, strict=True)
+
+
+# How README or a comment says to edit the manifest: a pattern, and what replaces it.
+EDITS = {
+    "no SELinux type": (r"^ *seLinuxOptions:\n.*\n", ""),
+    "before 1.22": (r"^ *rollingUpdate:\n.*\n.*\n", ""),
+    "only labelled nodes": (r"# (tenstorrent\.com/cards: )", r"\1"),
+    "Node Feature Discovery": (r"# (- key: feature.*\n *)# (.*\n *)# ", r"\1\2"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_manifest_can_be_edited_as_readme_says(name: str) -> None:
+    """It stays valid, and means something else."""
+    pattern, new = EDITS[name]
+    text, count = re.subn(pattern, new, MANIFEST_TEXT, flags=re.MULTILINE)
+    assert count == 1
+    account, edited = yaml.safe_load_all(text)
+    assert account == ACCOUNT
+    assert edited != MANIFEST
+    for version in kubernetes_versions():
+        kubernetes_validate.validate(edited, version, strict=True)
 
 
 def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
@@ -4235,6 +4265,56 @@ def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
     assert [path for path in mounts if not mounts[path].get("readOnly")] == [folder]
     assert mounts[folder]["mountPath"] == folder
     assert f"--dev-root={mounts['/dev']['mountPath']}" in container["args"]
+    # So that it sees huge pages that are mounted after its start.
+    assert mounts["/dev"]["mountPropagation"] == "HostToContainer"
+
+
+def test_manifest_runs_on_each_real_node(manifest: Event) -> None:
+    """Whatever taints it has. On a virtual node the Pod would be Pending for ever."""
+    spec = manifest["spec"]["template"]["spec"]
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["nodeSelector"] == {"kubernetes.io/os": "linux"}
+    affinity = spec["affinity"]["nodeAffinity"]
+    wanted = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = wanted["nodeSelectorTerms"]
+    virtual = {"key": "type", "operator": "NotIn", "values": ["virtual-kubelet"]}
+    assert term == {"matchExpressions": [virtual]}
+
+
+def test_manifest_updates_without_a_gap(manifest: Event) -> None:
+    """The new Pod starts beside the old one. No minReadySeconds: that can stall it."""
+    spec = manifest["spec"]
+    surge = {"maxSurge": 1, "maxUnavailable": 0}
+    strategy = {"type": "RollingUpdate", "rollingUpdate": surge}
+    assert spec["updateStrategy"] == strategy
+    assert "minReadySeconds" not in spec
+
+
+def test_manifest_has_an_account_of_its_own(objects: list[Event]) -> None:
+    """Without a token. README names it for OpenShift."""
+    account, manifest = objects
+    spec = manifest["spec"]["template"]["spec"]
+    name = account["metadata"]["name"]
+    namespace = account["metadata"]["namespace"]
+    assert (account["kind"], manifest["kind"]) == ("ServiceAccount", "DaemonSet")
+    assert spec["serviceAccountName"] == name
+    assert manifest["metadata"]["namespace"] == namespace
+    assert account["automountServiceAccountToken"] is False
+    assert f"add-scc-to-user privileged -z {name} -n {namespace}`" in README
+
+
+def test_images_are_named_with_their_registry() -> None:
+    """Some container runtimes refuse short names (cri-o#9401)."""
+    (container,) = POD["spec"]["containers"]
+    for image in (container_of(MANIFEST)["image"], container["image"]):
+        assert image.startswith("docker.io/library/")
+    texts = [README, *(path.read_text() for path in (HERE / "tools").glob("*"))]
+    texts += [MANIFEST_TEXT, (HERE / "build.sh").read_text()]
+    for text in texts:
+        for registry, image in re.findall(
+            r"(\S*?)\b(busybox|python:3\.[\w.-]+)(?=[\s`}])", text
+        ):
+            assert registry.endswith("docker.io/library/"), image
 
 
 def test_manifest_has_one_port(manifest: Event) -> None:
@@ -4265,12 +4345,12 @@ def test_manifest_has_no_privileges(manifest: Event) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
 
 
-def manifest_command(folder: Path) -> list[str]:
+def manifest_command(folder: Path, port: int = 0) -> list[str]:
     """What the manifest's container runs, with this folder as the host's."""
     container = container_of(MANIFEST)
     words = [*container["command"], *container["args"]]
     return [
-        word.replace("/opt/tenstorrent", str(folder)).replace("7762", "0")
+        word.replace("/opt/tenstorrent", str(folder)).replace("7762", f"{port}")
         for word in words
     ]
 
@@ -4286,6 +4366,21 @@ def test_manifest_waits_for_the_file(workdir: Path) -> None:
         line = waiting.wait_for_line("^RUNS", timeout=30)
         assert "--listen" in line
         assert len(waiting.lines()) == 2, waiting.lines()
+
+
+def test_waiting_for_the_file_answers_probes(workdir: Path) -> None:
+    """The Pod is Ready, and its pages say what is missing, as a comment to Prometheus.
+
+    A head is all that HEAD gets.
+    """
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+    with contextlib.closing(Plugin(manifest_command(workdir, port))) as waiting:
+        line = waiting.wait_for_line(r"tt-device-plugin\.pyz")
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert fetch(port, path) == (200, f"# {line}\n")
+        _, head = answer_to(port, b"HEAD /healthz HTTP/1.1\r\n\r\n")
+        assert head.endswith(b"\r\n\r\n")
 
 
 def test_waiting_for_the_file_ends_by_sigterm(workdir: Path) -> None:
@@ -4371,7 +4466,23 @@ def test_readme_unit(tmp_path: Path) -> None:
 def test_readme_names_each_metric() -> None:
     """And no other."""
     named = {name for row in table("metric") for name in in_code(row[0])}
-    assert named == tt.METRICS.keys()
+    assert named == tt.HELP.keys()
+
+
+def test_readme_names_what_there_is_to_change() -> None:
+    """Each name in its table is defined in the module."""
+    names = {name for _, change in table("to add") for name in in_code(change)}
+    source = (HERE / "tt_device_plugin.py").read_text()
+    pattern = r"^ *(?:(?:async )?def|class) (\w+)|^(\w+)(?:: .*)? = "
+    defined = {*itertools.chain(*re.findall(pattern, source, re.MULTILINE))}
+    assert names
+    assert names <= defined
+
+
+def test_readme_names_the_files_in_tools() -> None:
+    """They are there."""
+    names = {name for files, _ in table("in `tools/`") for name in in_code(files)}
+    assert names <= {*os.listdir(HERE / "tools")}
 
 
 def test_readme_links() -> None:
@@ -4436,8 +4547,12 @@ def test_readme_symptoms(request: pytest.FixtureRequest, said: str) -> None:
     if missing:
         example = min(missing)
         pytest.skip(f"only a part runs, without {len(missing)} tests such as {example}")
-    for cell, *_ in table("symptom"):
-        symptom = in_code(cell)[0]
+    symptoms = [symptom for cell, *_ in table("symptom") for symptom in in_code(cell)]
+    assert {
+        "does another plugin register the same resource?",
+        "Pod ... holds it as ...",
+    } <= {*symptoms}
+    for symptom in symptoms:
         pattern = ".+".join(map(re.escape, symptom.split("...")))
         assert re.search(pattern, said), symptom
 
