@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import calendar
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -29,14 +31,17 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
+from resource import RLIMIT_NOFILE, prlimit
 from typing import Any, NamedTuple
 
 import grpc.aio
@@ -2626,18 +2631,21 @@ def test_stops_while_nobody_reads_the_log(
     assert codes <= {"INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED"}
 
 
-# ==== Appendix A. Preferred allocation ================================================
+# ==== Appendix D. Preferred allocation ================================================
+
+WELL = tt.make_verdict("ok")
+UNWELL = tt.make_verdict("gone")
 
 
 def host_of(
-    name: str, numa_node: int | None, above: str, buses: str
+    name: str, numa_node: int | None, above: str, buses: str, domain: str = "0000"
 ) -> dict[str, tt.Card]:
     """Cards of one chip each below this PCI path, by bus, which is their ID, too."""
     cards = {}
     for bus in buses.split():
         path = tuple(above.format(bus=bus).split("/"))
-        chip = tt.Chip(f"0000:{bus}:00.0", pci_path=path, numa_node=numa_node)
-        cards[bus] = tt.Card(bus, f"{name}-x", f"x.org/{name}", (chip,), tt.Verdict())
+        chip = tt.Chip(f"{domain}:{bus}:00.0", pci_path=path, numa_node=numa_node)
+        cards[bus] = tt.Card(bus, f"{name}-x", f"x.org/{name}", (chip,), WELL)
     return cards
 
 
@@ -2703,51 +2711,139 @@ def test_a_broken_tray_is_used_up_first() -> None:
         assert {card_id[0] for card_id in chosen} == {tray}
 
 
-@given(st.data())
-def test_preferred_allocation_of_any_request(data: st.DataObject) -> None:
-    """As many as asked for, with those that it must have, or a refusal.
+# What buses the chips of a Galaxy can be seen on.
+BUSES = {
+    "all 32": " ".join(GALAXY),
+    "31": " ".join(list(GALAXY)[1:]),
+    "two trays": " ".join(list(GALAXY)[:16]),
+    "the others": " ".join(list(GALAXY)[16:]),
+    "01 to 20": " ".join(f"{bus:02x}" for bus in range(1, 33)),
+}
 
-    They come from one NUMA node if one has room, healthy ones first, and are the same
-    whatever the order of the request.
+
+@rows(
+    "domain, buses, next_domain, next_buses, trays, topology",
     """
-    cards = dict(data.draw(st.sampled_from(list(HOSTS.values()))))
-    for name in data.draw(st.lists(st.sampled_from(sorted(cards)), max_size=4)):
-        cards[name] = replace(cards[name], verdict=tt.Verdict(tt.UNHEALTHY))
+    a Galaxy               0000   all 32     -     -           0000:0 0000:4 0000:8\
+ 0000:c  galaxy
+    five digits of domain  10000  all 32     -     -           10000:0 10000:4 10000:8\
+ 10000:c  galaxy
+    31 of its chips        0000   31         -     -           -                  -
+    a virtual machine      0000   01 to 20   -     -           -                  -
+    two domains            0000   two trays  0001  the others  -                  -
+    another, not whole     0001   31         0002  all 32      0002:0 0002:4 0002:8\
+ 0002:c  -
+    """,
+)
+def test_only_a_whole_galaxy_has_trays(
+    domain: str,
+    buses: str,
+    next_domain: str,
+    next_buses: str,
+    trays: str,
+    topology: str,
+) -> None:
+    """Its 32 chips on the vendor's buses, all in one PCI domain.
+
+    The node's label follows the same rule.
+    """
+    made = [*host_of("galaxy", 0, "pci", BUSES[buses], domain).values()]
+    if next_domain != "-":
+        made += host_of("galaxy", 0, "pci", BUSES[next_buses], next_domain).values()
+    cards = [replace(card, id=card.chips[0].pci) for card in made]
+    found = tt.galaxy_trays(cards)
+    assert Counter(found.values()) == dict.fromkeys(trays.strip("-").split(), 8)
+    assert all(card_id.startswith(tray) for card_id, tray in found.items())
+    assert tt.node_topology(cards) == topology.strip("-")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What preferred allocation is asked."""
+
+    cards: dict[str, tt.Card]
+    available: list[str]
+    must: list[str]
+    size: int
+
+    @property
+    def well(self) -> set[str]:
+        """The healthy ones of those that are available."""
+        known = self.cards.keys() & {*self.available}
+        return {name for name in known if self.cards[name].verdict == WELL}
+
+
+@st.composite
+def choices(draw: st.DrawFn, too_many: bool = False) -> Choice:
+    """Any choice that can be made; with `too_many`, one that cannot."""
+    cards = dict(draw(st.sampled_from(list(HOSTS.values()))))
+    for name in draw(st.lists(st.sampled_from(sorted(cards)), max_size=4)):
+        cards[name] = replace(cards[name], verdict=UNWELL)
     names = st.sampled_from([*cards, "gone"])
-    available = data.draw(st.lists(names, min_size=1, unique=True))
-    must = data.draw(st.lists(st.sampled_from(available), max_size=3, unique=True))
-    size = data.draw(st.integers(-1, len(available) + 1))
-    if not max(1, len(must)) <= size <= len(available):
-        words = f"cannot choose {size} of {len(available)} cards with {len(must)} req"
-        with pytest.raises(tt.Refusal, match=f"INVALID_ARGUMENT.*{words}"):
-            tt.preferred_allocation(cards, available, must, size)
-        return
-
-    chosen = tt.preferred_allocation(cards, available, must, size)
-    assert len(chosen) == len(set(chosen)) == size
-    assert set(must) <= set(chosen) <= set(available)
-    again = data.draw(st.permutations(available))
-    must_again = data.draw(st.permutations(must))
-    assert tt.preferred_allocation(cards, again, must_again, size) == chosen
-    well = {
-        name
-        for name in available
-        if name in cards and cards[name].verdict == tt.Verdict()
-    }
-    unwell = set(chosen) - well
-    assert len(unwell) == max(len(set(must) - well), size - len(well))
-    nodes = {name: card.chips[0].numa_node for name, card in cards.items()}
-    space = Counter(nodes[name] for name in well)
-    if not must and max(space.values(), default=0) >= size:
-        assert len({nodes[name] for name in chosen}) == 1
+    available = draw(st.lists(names, min_size=1, unique=True))
+    must = draw(st.lists(st.sampled_from(available), max_size=3, unique=True))
+    least = max(1, len(must))
+    sizes = st.integers(least, len(available))
+    if too_many:
+        sizes = st.sampled_from([-1, 0, least - 1, len(available) + 1])
+    return Choice(cards, available, must, draw(sizes))
 
 
-# ==== Appendix B. Operations: the log; /healthz, /readyz and /metrics =================
+def choose(choice: Choice) -> list[str]:
+    """What preferred allocation answers."""
+    return tt.preferred_allocation(
+        choice.cards, choice.available, choice.must, choice.size
+    )
+
+
+@given(choices(), st.randoms())
+def test_any_choice_has_what_was_asked_for(
+    choice: Choice, shuffle: random.Random
+) -> None:
+    """As many as asked for, with those that it must have, in whatever order asked."""
+    chosen = choose(choice)
+    assert len(chosen) == len(set(chosen)) == choice.size
+    assert {*choice.must} <= {*chosen} <= {*choice.available}
+    shuffle.shuffle(choice.available)
+    shuffle.shuffle(choice.must)
+    assert choose(choice) == chosen
+
+
+@given(choices(too_many=True))
+def test_a_choice_that_cannot_be_made_is_refused(choice: Choice) -> None:
+    """Fewer cards than it must have, or more than there are."""
+    about = f"{len(choice.available)} cards with {len(choice.must)} required"
+    with pytest.raises(tt.Refusal) as refusal:
+        choose(choice)
+    assert refusal.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert str(refusal.value) == f"cannot choose {choice.size} of {about}"
+
+
+@given(choices())
+def test_healthy_cards_are_chosen_first(choice: Choice) -> None:
+    """A card that is not healthy is chosen only if it must be, or none else is left."""
+    unwell = {*choose(choice)} - choice.well
+    required = {*choice.must} - choice.well
+    assert len(unwell) == max(len(required), choice.size - len(choice.well))
+
+
+@given(choices())
+def test_one_numa_node_is_chosen_if_it_has_room(choice: Choice) -> None:
+    """Where no card is required."""
+    choice = replace(choice, must=[])
+    nodes = {name: card.chips[0].numa_node for name, card in choice.cards.items()}
+    room = Counter(nodes[name] for name in choice.well)
+    hypothesis.assume(max(room.values(), default=0) >= choice.size)
+    assert len({nodes[name] for name in choose(choice)}) == 1
+
+
+# ==== Appendix E. Operations: the log; /healthz, /readyz and /metrics =================
 
 PREFIX = "tt_device_plugin_"
 # A card without telemetry goes, another is in trouble, is lost in a reset and comes
 # back with another N, a Pod gets it, the kubelet is restarted.
 LOST_CARD = "card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/"
+GONE = tt.KINDS["gone"].reason
 REGISTERED = (
     f"INFO registered {R150} with the kubelet: 2 cards, 2 healthy; "
     "socket S.sock; cause: "
@@ -2759,13 +2855,14 @@ folder DIR/k/device-plugins, sysfs DIR/sys, dev DIR/dev; cards: 2 n150, \
 INFO card wormhole-0D0CB6F1E7A50001 (n150, /dev/tenstorrent/0) is Healthy
 INFO {LOST_CARD}1) is Healthy
 WARNING card 0000:41:00.0 (model unknown, /dev/tenstorrent/2) is not offered: \
-{tt.REASONS["pending"]}
+{tt.KINDS["pending"].reason}
 {REGISTERED}start
 WARNING card 0000:41:00.0 (model unknown, /dev/tenstorrent/2) is gone; \
 it was not offered
-ERROR {LOST_CARD}1) is Unhealthy: its device node /dev/tenstorrent/1 is missing or \
-another device: is --dev-root the host's /dev?
-ERROR {LOST_CARD}1) is Unhealthy: {tt.REASONS["gone"]}
+ERROR {LOST_CARD}1) is Unhealthy: its device node /dev/tenstorrent/1 is missing, or is \
+not the device that sysfs names: see dmesg. Looked for in DIR/dev: is that the host's \
+/dev?
+ERROR {LOST_CARD}1) is Unhealthy: {GONE}
 INFO {LOST_CARD}5) is Healthy again, after N s
 INFO allocated card wormhole-0D0CB6F1E7A50001 (n150, /dev/tenstorrent/0), {LOST_CARD}5)
 WARNING the kubelet's stream of {R150} has ended: registering again
@@ -2775,12 +2872,17 @@ INFO a kubelet answers at DIR/k/device-plugins/kubelet.sock
 INFO told to stop, and done"""
 
 
-def fetch(server: Plugin | str, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
-    """Status and text of a page of a plugin, or of a server that says its port."""
-    if isinstance(server, Plugin):
-        server = server.wait_for_line('(INFO |")HTTP on port')
-    (port,) = re.findall(r"port (\d+)", server)
-    client = http.client.HTTPConnection(host, int(port), timeout=10)
+def port_of(plugin: Plugin) -> int:
+    """The port of its HTTP pages."""
+    line = plugin.wait_for_line('(INFO |")HTTP on port')
+    (port,) = re.findall(r"port (\d+)", line)
+    return int(port)
+
+
+def fetch(server: Plugin | int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
+    """Status and text of a page of a plugin, or of the server on this port."""
+    port = port_of(server) if isinstance(server, Plugin) else server
+    client = http.client.HTTPConnection(host, port, timeout=10)
     with contextlib.closing(client):
         client.request("GET", path)
         answer = client.getresponse()
@@ -2809,12 +2911,13 @@ def let_it_happen(
     for chip in (replace(THIRD, card_type=""), FIRST, SECOND):
         tree.add(chip)
     kubelet.start()
-    plugin = launch(tree, kubelet, f"--log-format={log_format}", HTTP)
+    flags = [HTTP, f"--log-format={log_format}", "--poll-seconds=0.3"]
+    plugin = launch(tree, kubelet, *flags)
     plugin.wait_for_line("registered")
     tree.remove(THIRD.pci)
     plugin.wait_for_line("it was not offered")
     relink(tree.node(SECOND.pci), "/dev/zero")
-    plugin.wait_for_line("another device")
+    plugin.wait_for_line("is not the device that sysfs names")
     tree.remove(SECOND.pci)
     plugin.wait_for_line("is gone from sysfs")
     tree.add(replace(SECOND, index=5))
@@ -2873,15 +2976,38 @@ def test_json_log_of_an_incident(kubelet: Kubelet, tree: Tree, launch: Launch) -
     by_message = {without_varying(one["msg"], tree, cause): one for one in objects}
     allocated = next(one for text, one in by_message.items() if "allocated" in text)
     back = by_message[f"{LOST_CARD}5) is Healthy again, after N s"]
-    lost = by_message[f"{LOST_CARD}1) is Unhealthy: {tt.REASONS['gone']}"]
+    lost = by_message[f"{LOST_CARD}1) is Unhealthy: {GONE}"]
     assert objects[0].keys() == plain
     assert allocated.keys() == {*plain, "resource"}
     assert back.keys() == {*plain, "resource", "card", "since"}
     assert lost.keys() == {*plain, "resource", "card", "since", "reason"}
     assert (lost["card"], lost["resource"]) == (SECOND.id, R150)
-    assert lost["reason"] == tt.REASONS["gone"]
-    since = [one["ts"] for one in objects if "is Unhealthy" in one["msg"]]
-    assert lost["since"] == since[0]
+    assert lost["reason"] == GONE
+    first, _ = [one["ts"] for one in objects if "is Unhealthy" in one["msg"]]
+    assert seconds_of(first) - seconds_of(lost["since"]) in (0, 1)  # a line comes later
+
+
+def seconds_of(text: str) -> int:
+    """An RFC 3339 text in seconds since 1970."""
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def test_a_traceback_is_one_line_of_json() -> None:
+    """Without it no defect could be found; as lines of its own it would be no JSON."""
+    try:
+        raise ValueError("WHY\nAND HOW")
+    except ValueError:
+        record = log_record("it failed", exc_info=sys.exc_info())
+    line = tt.JsonFormatter().format(record)
+    assert "\n" not in line
+    shown = json.loads(line)["exception"]
+    assert shown.startswith("Traceback")
+    assert shown.endswith("ValueError: WHY\nAND HOW")
+
+
+def log_record(text: str, **facts: Any) -> logging.LogRecord:
+    """A line of the log."""
+    return logging.makeLogRecord({"msg": text, "levelname": "ERROR", **facts})
 
 
 # ---- Metrics ----
@@ -2914,23 +3040,47 @@ heartbeat_age_seconds card=A chip=01 9
 tt_asic_temperature_celsius card=A chip=01 54.3
 tt_thermal_throttle_limit_celsius card=A chip=01 75
 tt_ai_clock_mhz card=A chip=01 500
+tt_arc_clock_mhz card=A chip=01 540
+tt_axi_clock_mhz card=A chip=01 900
 tt_tdp_w card=A chip=01 15
+tt_tdp_limit_w card=A chip=01 100
 tt_tdc_a card=A chip=01 18
 tt_vcore_v card=A chip=01 0.795
 tt_fan_speed_rpm card=A chip=01 1200
 tt_thermal_trips_total card=A chip=01 2
+tt_pcie_link_speed_gts card=A chip=01 2.5
+tt_pcie_link_max_speed_gts card=A chip=01 16
+tt_pcie_link_width card=A chip=01 8
+tt_pcie_link_max_width card=A chip=01 16
+tt_pcie_correctable_errors_total card=A chip=01 3
 device_node_users card=A chip=01 2
 junk_readings_total card=A chip=01 0
 """
+# What only some chips, firmwares and hosts have. The table of errors has Linux' form.
+MORE_SENSORS = {
+    "tt_arcclk": "540",
+    "tt_axiclk": "900",
+    "tt_therm_trip_count": "2",
+    "device/current_link_speed": "2.5 GT/s PCIe",
+    "device/max_link_speed": "16.0 GT/s PCIe",
+    "device/current_link_width": "8",
+    "device/max_link_width": "16",
+    "device/aer_dev_correctable": "RxErr 2\nBadTLP 1\nBadDLLP 0\nTOTAL_ERR_COR 3",
+}
 
 
 def metrics_of(root: Path) -> tt.Metrics:
-    """What a scrape reads of a plugin that has polled this tree once."""
-    settings = tt.Settings(sysfs_root=root / "sys", dev_root=root / "dev")
+    """What a scrape reads of a plugin that has polled this tree once.
+
+    Each chip is read once: the interval is long. After two more polls its reader would
+    count as one that hangs.
+    """
+    settings = tt.Settings(
+        sysfs_root=root / "sys", dev_root=root / "dev", poll_seconds=60.0
+    )
     inventory = tt.Inventory(settings)
     inventory.poll(100.0)
-    shared = tt.Shared(inventory, tt.preferred_allocation, lambda cards: [])
-    return tt.Metrics(tt.Registrar(shared))
+    return tt.Metrics(tt.Registrar(tt.Shared(inventory, tt.preferred_allocation)))
 
 
 def add_all_sensors(tree: Tree) -> None:
@@ -2939,28 +3089,13 @@ def add_all_sensors(tree: Tree) -> None:
     shutil.copytree(monitors / "hwmon2", monitors / "hwmon10")
     (monitors / "hwmon2/temp1_input").write_text("99000\n")
     (monitors / "hwmon10/fan1_input").write_text("1200\n")
-    tree.set(FIRST.pci, "tt_therm_trip_count", "2\n")
+    for file, text in MORE_SENSORS.items():
+        tree.set(FIRST.pci, file, f"{text}\n")
     tree.write(tree.root / "proc/driver/tenstorrent/0/pids", "17\n4711\n")
 
 
-def test_every_metric(workdir: Path) -> None:
-    """A card that is gone keeps its verdict. Its readings would look new: none."""
-    blind = replace(
-        THIRD, card_type="", asic_id="", serial="", firmware="", heartbeat=False
-    )
-    tree = Tree(workdir, [FIRST, SECOND, blind])
-    add_all_sensors(tree)
-    metrics = metrics_of(workdir)
-    tree.remove(SECOND.pci)
-    metrics.inventory.poll(101.0)
-    metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=DRIVER)
-    count = metrics.registrar.shared.count
-    count("allocations_total", 3, resource=R150)
-    count("registrations_total", 2, resource=R150, cause="start")
-    count("refusals_total", resource=R150, call="Allocate", code="NOT_FOUND")
-    page = metrics.page(109.0)
-    assert {*re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)} == tt.METRICS.keys()
-
+def shortened(page: str) -> str:
+    """The samples of a metrics page with the names that PAGE has."""
     text = "\n".join(samples(page))
     text = re.sub(r"0000:(..):00\.0", r"\1", text)
     text = text.replace("/dev/tenstorrent", "DEV")
@@ -2977,25 +3112,93 @@ def test_every_metric(workdir: Path) -> None:
         R150: "R",
     }.items():
         text = text.replace(f"={name} ", f"={short} ")
-    assert sorted(text.splitlines()) == sorted(PAGE.strip().splitlines())
+    return text
 
 
-def test_junk_readings_are_counted_and_not_shown(workdir: Path) -> None:
+def test_every_metric(tree: Tree) -> None:
+    """A card that is gone keeps its verdict. Its readings would look new: none."""
+    blind = replace(
+        THIRD, card_type="", asic_id="", serial="", firmware="", heartbeat=False
+    )
+    for chip in (FIRST, SECOND, blind):
+        tree.add(chip)
+    add_all_sensors(tree)
+    metrics = metrics_of(tree.root)
+    tree.remove(SECOND.pci)
+    metrics.inventory.poll(101.0)
+    metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=DRIVER)
+    count = metrics.registrar.shared.count
+    count(f"{PREFIX}allocations_total", 3, resource=R150)
+    count(f"{PREFIX}registrations_total", 2, resource=R150, cause="start")
+    count(f"{PREFIX}refusals_total", resource=R150, call="Allocate", code="NOT_FOUND")
+    page = metrics.page(109.0)
+    assert {*re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)} == tt.HELP.keys()
+    assert sorted(shortened(page).splitlines()) == sorted(PAGE.strip().splitlines())
+
+
+# How a sensor's file says a number.
+FORMS: dict[Any, str] = {
+    tt.whole_number: "{}",
+    tt.link_speed: "{} GT/s PCIe",
+    tt.total_errors: "RxErr 1\nTOTAL_ERR_COR {}\n",
+}
+# All but that which counts how often a device node is open, which cannot be junk.
+NUMBERS = [sensor for sensor in tt.SENSORS if sensor.parse in FORMS]
+
+
+@pytest.fixture
+def heartless(workdir: Path) -> Tree:
+    """A node with one chip that has no heartbeat, as drivers before 2.7 have it."""
+    return Tree(workdir, [replace(FIRST, heartbeat=False)])
+
+
+@pytest.mark.parametrize("sensor", NUMBERS, ids=[sensor.metric for sensor in NUMBERS])
+def test_junk_readings_are_counted_and_not_shown(
+    heartless: Tree, sensor: tt.Sensor
+) -> None:
     """Stale telemetry, a dead bus, and what is below 0, as chips were seen to show."""
-    tree = Tree(workdir, [FIRST])
-    metrics = metrics_of(workdir)
-    junk = 0
-    for metric, (file, highest, *_) in [*tt.SENSORS.items()][:-1]:
-        file = file.replace("hwmon/", "device/hwmon/hwmon2/")
-        good = f"{highest}"
-        for text in (good, f"{highest + 1}", "4294967295", "-1", "N/A", "", None):
-            tree.set(FIRST.pci, file, text)
-            if text not in (good, None):
-                junk += 1
-            page = samples(metrics.page(109.0), f"chip={FIRST.pci}")
-            shown = any(metric in line for line in page)
-            assert shown == (text == good), (metric, text)
-            assert page[-1].endswith(f" {junk}"), (metric, text)
+    metrics = metrics_of(heartless.root)
+    folders = {"class": ".", "pci": "device", "hwmon": "device/hwmon/hwmon2"}
+    file = f"{folders[sensor.folder]}/{sensor.file}"
+    form = FORMS[sensor.parse]
+    largest = int(sensor.largest)
+
+    def shown(text: str | None) -> tuple[bool, str]:
+        heartless.set(FIRST.pci, file, text)
+        *page, junk = samples(metrics.page(109.0), f"chip={FIRST.pci}")
+        return any(sensor.metric in line for line in page), junk.split()[-1]
+
+    assert shown(form.format(largest)) == (True, "0")
+    texts = [form.format(largest + 1), form.format(2**64), form.format(-1), "N/A", ""]
+    for count, text in enumerate(texts, start=1):
+        assert shown(text) == (False, f"{count}"), text
+    assert shown(None) == (False, f"{len(texts)}")
+
+
+@rows(
+    "metric, file, text, value",
+    """
+    PCIe 4          link_speed_gts      current_link_speed   16.0 GT/s PCIe   16
+    PCIe 1          link_speed_gts      current_link_speed   2.5 GT/s PCIe    2.5
+    an old kernel   link_max_speed_gts  max_link_speed       8 GT/s           8
+    no link         link_speed_gts      current_link_speed   Unknown          -
+    no link's most  link_max_speed_gts  max_link_speed       Unknown          -
+    lanes           link_width          current_link_width   4                4
+    no link's       link_max_width      max_link_width       255              -
+    a table's sum   correctable_errors  aer_dev_correctable\
+  RxErr 2|Rollover 5|TOTAL_ERR_COR 7  7
+    no sum          correctable_errors  aer_dev_correctable  RxErr 2|Rollover 5  -
+    """,
+)
+def test_what_a_pci_file_says(
+    heartless: Tree, metric: str, file: str, text: str, value: str
+) -> None:
+    """As Linux writes it. What is no number is counted as junk."""
+    heartless.set(FIRST.pci, f"device/{file}", text.replace("|", "\n") + "\n")
+    *page, junk = samples(metrics_of(heartless.root).page(109.0), "chip=")
+    found = [line.split()[-1] for line in page if f"tt_pcie_{metric}" in line]
+    assert found == [value] * (value != "-")
+    assert junk.split()[-1] == f"{int(value == '-')}"
 
 
 @rows(
@@ -3009,53 +3212,87 @@ def test_junk_readings_are_counted_and_not_shown(workdir: Path) -> None:
     """,
 )
 def test_sensors_are_read_from_driver_2_7_on(
-    workdir: Path, driver: str, readable: str
+    heartless: Tree, driver: str, readable: str
 ) -> None:
     """Before that a read could oops the kernel."""
-    Tree(workdir, [FIRST])
-    metrics = metrics_of(workdir)
+    metrics = metrics_of(heartless.root)
     snapshot = replace(metrics.inventory.snapshot, driver=driver.strip("-"))
     metrics.inventory.snapshot = snapshot
     shown = samples(metrics.page(109.0), "tt_ai_clock_mhz")
     assert len(shown) == (readable == "yes")
 
 
-def temperatures(metrics: tt.Metrics) -> list[str]:
-    """Chip and value of each temperature that a scrape shows."""
-    lines = samples(metrics.page(101.0), "asic_temperature")
+def temperatures(page: str) -> list[str]:
+    """Chip and value of each temperature on a metrics page."""
+    lines = samples(page, "asic_temperature")
     return [line.split("chip=")[1] for line in lines]
 
 
-def test_a_sensor_that_hangs_holds_up_one_scrape(workdir: Path) -> None:
-    """The next ones leave that chip out, until the read returns."""
-    tree = Tree(workdir, [FIRST, SECOND])
-    file = "device/hwmon/hwmon2/temp1_input"
-    other = f"{SECOND.pci} 54.3"
-    metrics = metrics_of(workdir)
-    tree.hang(FIRST.pci, file)
+TEMPERATURE = "device/hwmon/hwmon2/temp1_input"
+SECOND_SHOWN = f"{SECOND.pci} 54.3"
+
+
+@contextlib.contextmanager
+def hanging_scrape(
+    tree: Tree, scrape: Callable[[], Any]
+) -> Iterator[tuple[Future[Any], ThreadPoolExecutor]]:
+    """One that hangs in a read of the first chip's temperature, until the end.
+
+    The pool that it runs in is for others that could hang, too.
+    """
+    tree.hang(FIRST.pci, TEMPERATURE)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(temperatures, metrics)
-        with open(
-            tree.entry(FIRST.pci) / file, "w"
-        ):  # waits for that scrape to open it
+        hanging = pool.submit(scrape)
+        # Opening a FIFO waits for who reads it.
+        with open(tree.entry(FIRST.pci) / TEMPERATURE, "w"):
             try:
-                assert pool.submit(temperatures, metrics).result(5) == [other]
-                assert not first.done()
+                yield hanging, pool
             finally:
-                tree.release(FIRST.pci, file, "60000\n")
-        expected = [f"{FIRST.pci} 60", other]
-        assert first.result(5) == expected
-        assert temperatures(metrics) == expected
+                tree.release(FIRST.pci, TEMPERATURE, "60000\n")
 
 
-def test_no_scrape_waits_for_a_chip_whose_poll_hangs(workdir: Path) -> None:
-    """It is left out."""
-    tree = Tree(workdir, [FIRST, SECOND])
-    metrics = metrics_of(workdir)
-    tree.hang(FIRST.pci, "tt_heartbeat")
-    metrics.inventory.poll(102.0)
-    assert temperatures(metrics) == [f"{SECOND.pci} 54.3"]
-    tree.release(FIRST.pci, "tt_heartbeat", "7\n")
+def test_a_sensor_that_hangs_holds_up_one_scrape(tree: Tree) -> None:
+    """The next ones leave that chip out, until the read returns."""
+    tree.add(FIRST)
+    tree.add(SECOND)
+    metrics = metrics_of(tree.root)
+    scrape = functools.partial(metrics.page, 101.0)
+    with hanging_scrape(tree, scrape) as (first, pool):
+        assert temperatures(pool.submit(scrape).result(5)) == [SECOND_SHOWN]
+        assert not first.done()
+    expected = [f"{FIRST.pci} 60", SECOND_SHOWN]
+    assert temperatures(first.result(5)) == expected
+    assert temperatures(scrape()) == expected
+
+
+def test_a_sensor_that_hangs_holds_up_no_probe(
+    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound
+) -> None:
+    """Nor the polls: what reads files runs in a thread of its own."""
+    plugin = launch(four, kubelet, HTTP, offers=4)
+    mark = kubelet.log.mark()
+    ask = functools.partial(fetch, plugin, "/metrics")
+    with hanging_scrape(four, ask) as (scrape, _):
+        began = time.monotonic()
+        assert fetch(plugin, "/healthz")[0] == 200
+        bound("a probe while a scrape hangs", time.monotonic() - began, 1.0)
+        four.remove(FOURTH.pci)
+        kubelet.wait_status(R150, 4, 3, after=mark)
+        assert not scrape.done()
+    _, page = scrape.result(5)
+    assert f"{FIRST.pci} 60" in temperatures(page)
+
+
+def test_no_scrape_waits_for_a_chip_whose_reader_hangs(
+    kubelet: Kubelet, four: Tree, launch: Launch
+) -> None:
+    """It is left out, as its sensors may hang, too. The others are shown."""
+    plugin = launch(four, kubelet, FAST, HTTP, offers=4)
+    four.hang(FIRST.pci, "tt_heartbeat")
+    three = [f"{chip.pci} 54.3" for chip in (SECOND, THIRD, FOURTH)]
+    wait_until(lambda: temperatures(fetch(plugin, "/metrics")[1]) == three)
+    four.hang(FIRST.pci, TEMPERATURE)
+    assert temperatures(fetch(plugin, "/metrics")[1]) == three
 
 
 # ---- Pages ----
@@ -3066,29 +3303,18 @@ def test_healthz(poll_seconds: float, limit: int) -> None:
     """503 if polls do not go on. How long is too long follows --poll-seconds."""
     inventory = tt.Inventory(tt.Settings(poll_seconds=poll_seconds))
     inventory.polled_at = 1000.0
-    inventory.failure.problem = "WHY"
-    loop = asyncio.new_event_loop()
+    inventory.poll_trouble.problem = "WHY"
     text = f"stuck: the last poll ended {limit + 1} s ago. WHY"
-    assert tt.alive(inventory, loop, 1001.0 + limit) == (503, text)
-    loop.close()
-
-
-def test_healthz_of_a_stuck_event_loop() -> None:
-    """503, as a restart can mend it."""
-    inventory = tt.Inventory(tt.Settings())
-    inventory.polled_at = 1000.0
-    loop = asyncio.new_event_loop()  # it does not run
-    text = "stuck: the event loop does not answer"
-    assert tt.alive(inventory, loop, 1001.0) == (503, text)
-    loop.close()
+    assert tt.healthz(inventory, 1001.0 + limit) == (503, text)
+    text = f"ok: the last poll ended {limit}.0 s ago. WHY"
+    assert tt.healthz(inventory, 1000.0 + limit) == (200, text)
 
 
 def test_readyz_before_the_first_poll() -> None:
     """503: nobody knows yet what there is to register."""
-    inventory = tt.Inventory(tt.Settings())
-    shared = tt.Shared(inventory, tt.preferred_allocation, lambda cards: [])
+    shared = tt.Shared(tt.Inventory(tt.Settings()), tt.preferred_allocation)
     expected = (503, "the first poll has not ended yet")
-    assert tt.ready(tt.Registrar(shared)) == expected
+    assert tt.readyz(tt.Registrar(shared)) == expected
 
 
 def test_readyz(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
@@ -3140,6 +3366,171 @@ def test_unknown_pages(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     assert fetch(plugin, "/") == (404, text)
 
 
+# ---- The HTTP server ----
+
+LARGE = "x" * 4_000_000  # more than the buffers of a connection hold
+
+
+async def large_page() -> tt.Page:
+    """A page of a server for tests."""
+    return tt.Page(HTTPStatus.OK, LARGE)
+
+
+async def small_page() -> tt.Page:
+    """Another one."""
+    return tt.Page(HTTPStatus.OK, "text")
+
+
+async def broken_page() -> tt.Page:
+    """One that has a defect."""
+    raise ValueError("WHY")
+
+
+PAGES = {"/large": large_page, "/small": small_page, "/broken": broken_page}
+
+
+@contextlib.contextmanager
+def serving_pages(address: str = "127.0.0.1:0") -> Iterator[int]:
+    """The plugin's HTTP server with these pages, in a thread: its port."""
+    port: Future[int] = Future()
+    ended = threading.Event()
+
+    async def serve() -> None:
+        pages = tt.PageServer(PAGES)
+        server = await pages.listen(tt.listen_address(address))
+        port.set_result(server.sockets[0].getsockname()[1])
+        await asyncio.to_thread(ended.wait)
+        server.close()
+        pages.close_clients()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        yield port.result(10)
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def pages() -> Iterator[int]:
+    """The port of a server with PAGES."""
+    with serving_pages() as port:
+        yield port
+
+
+def dial_http(port: int) -> socket.socket:
+    """A new connection. Its reads wait less long than the server does at its end."""
+    return socket.create_connection(("127.0.0.1", port), timeout=tt.REQUEST_S - 1)
+
+
+def receive_all(client: socket.socket) -> bytes:
+    """What comes until the server ends the connection. Raises if that is a reset."""
+    return b"".join(iter(functools.partial(client.recv, 65536), b""))
+
+
+def answer_to(port: int, request: bytes) -> tuple[int, bytes]:
+    """Status, and the whole answer."""
+    with dial_http(port) as client:
+        client.sendall(request)
+        answer = receive_all(client)
+    return int(answer.split(b" ")[1]), answer
+
+
+@rows(
+    "said_by_client, status",
+    """
+    GET                   GET /small HTTP/1.1|Host: x   200
+    an old client         GET /small HTTP/1.0           200
+    a query               GET /small?y=z HTTP/1.1       200
+    no such page          GET / HTTP/1.1                404
+    no page of that form  GET http://x/small HTTP/1.1   404
+    POST                  POST /small HTTP/1.1          405
+    DELETE                DELETE /small HTTP/1.1        405
+    another HTTP          GET /small HTTP/9.9           400
+    no HTTP               GET /small                    400
+    a lower-case method   get /small HTTP/1.1           400
+    binary                \x01\x02\x03                  400
+    """,
+)
+def test_what_a_request_is_answered(
+    pages: int, said_by_client: str, status: str
+) -> None:
+    """It is whole once there is an empty line ("|" stands for an end of line)."""
+    text = said_by_client.replace("|", "\r\n") + "\r\n\r\n"
+    found, answer = answer_to(pages, text.encode())
+    assert found == int(status)
+    head, body = answer.split(b"\r\n\r\n")
+    assert f"\r\nContent-Length: {len(body)}\r\n".encode() in head
+    assert b"\r\nAllow: GET, HEAD\r\n" in head
+
+
+def test_head_is_answered_with_the_head_of_the_page(pages: int) -> None:
+    """And its length, but no text."""
+    _, whole = answer_to(pages, b"GET /small HTTP/1.1\r\n\r\n")
+    _, head = answer_to(pages, b"HEAD /small HTTP/1.1\r\n\r\n")
+    assert whole == head + b"text\n"
+
+
+def test_a_request_in_two_packets_is_one_request(pages: int) -> None:
+    """It is not answered before it is whole."""
+    with dial_http(pages) as client:
+        client.sendall(b"GET /sm")
+        # By then the server has read the first packet.
+        assert fetch(pages, "/small")[0] == 200
+        client.sendall(b"all HTTP/1.1\r\n\r\n")
+        assert receive_all(client).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(("size", "status"), [(8192, 200), (8300, 431), (80_000, 431)])
+def test_a_head_may_have_8_kib(pages: int, size: int, status: int) -> None:
+    """431 for a longer one, also if it never ends."""
+    text = b"GET /small HTTP/1.1\r\nX: "
+    padding = b"x" * (size - len(text) - 4)
+    assert answer_to(pages, text + padding + b"\r\n\r\n")[0] == status
+    if status == 431:
+        assert answer_to(pages, text + padding)[0] == status
+
+
+def test_unread_bytes_do_not_reset_the_connection(pages: int) -> None:
+    """A client that sends more than it has to gets the whole page."""
+    with dial_http(pages) as client:
+        client.sendall(b"GET /large HTTP/1.1\r\n\r\n" + b"x" * 300_000)
+        answer = receive_all(client)
+    _, body = answer.split(b"\r\n\r\n")
+    assert body.decode() == f"{LARGE}\n"
+
+
+def test_a_page_that_fails_is_seen(
+    pages: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is 500, and one line of the log with a traceback. The next one is answered."""
+    assert fetch(pages, "/broken") == (500, "ValueError('WHY')\n")
+    (record,) = caplog.records
+    assert record.getMessage() == "/broken failed"
+    assert record.exc_info
+    assert fetch(pages, "/small") == (200, "text\n")
+
+
+def test_the_client_that_has_waited_longest_is_dropped(pages: int) -> None:
+    """Once there are too many. The others can still ask."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial_http(pages)) for _ in range(tt.CLIENTS)]
+        assert fetch(pages, "/small")[0] == 200
+        assert receive_all(clients[0]) == b""
+        for client in (clients[1], clients[-1]):
+            client.sendall(b"GET /small HTTP/1.1\r\n\r\n")
+            assert receive_all(client).endswith(b"text\n")
+
+
+def test_listens_on_one_address_or_all() -> None:
+    """IPv4 and IPv6, as a Pod's address may be of either kind."""
+    for host in ("127.0.0.1", "[::1]")[: 1 + socket.has_dualstack_ipv6()]:
+        for address in (f"{host}:0", ":0"):
+            with serving_pages(address) as port:
+                assert fetch(port, "/small", host.strip("[]"))[0] == 200
+
+
 def nonsense() -> list[bytes]:
     """What is no HTTP request, or far too large for one."""
     head = b"".join(b"x%d: %s\r\n" % (n, b"a" * 65_000) for n in range(90))
@@ -3151,76 +3542,133 @@ def nonsense() -> list[bytes]:
     ]
 
 
-def test_silent_and_hostile_http_clients_hold_up_nobody(
-    kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
+def test_hostile_http_clients_cost_no_memory(
+    kubelet: Kubelet, tree: Tree, launch: Launch
 ) -> None:
-    """100 say nothing or half a request, others talk nonsense."""
+    """Those that talk nonsense, and those that say half a request."""
     plugin = launch(tree, kubelet, HTTP)
-    line = plugin.wait_for_line("HTTP on port")
-    address = ("127.0.0.1", int(re.findall(r"port (\d+)", line)[0]))
+    port = port_of(plugin)
     before = private_memory(plugin)
     hostile = nonsense()
     with contextlib.ExitStack() as stack:
-        for sent in hostile + [b"", b"GET /metr"] * 50:
-            connection = socket.create_connection(address, timeout=10)
-            client = stack.enter_context(connection)
+        for sent in hostile + [b"GET /metr"] * 50:
+            client = stack.enter_context(dial_http(port))
             with contextlib.suppress(ConnectionError):  # it has heard enough
                 client.sendall(sent)
                 assert sent not in hostile or b"metrics" not in client.recv(100)
-        assert private_memory(plugin) - before < 30_000
-        began = time.monotonic()
         status, text = fetch(plugin, "/healthz")
-        seconds = time.monotonic() - began
-    bound("a probe beside 100 silent HTTP clients", seconds, 1.0)
+        assert private_memory(plugin) - before < 10_000
     assert status == 200
     assert re.fullmatch(r"ok: the last poll ended [01]\.\d s ago\.\n", text)
 
 
-def test_listens_on_one_address_or_all() -> None:
-    """IPv4 and IPv6, as a Pod's address may be of either kind.
-
-    A page that fails says why.
-    """
-    pages: Any = {"/x": lambda: 1 / 0}
-    for host in ("127.0.0.1", "[::1]")[: 1 + socket.has_dualstack_ipv6()]:
-        for address in (f"{host}:0", ":0"):
-            said = tt.open_port(tt.listen_address(address), pages)
-            failed = (500, "ZeroDivisionError('division by zero')\n")
-            assert fetch(said, "/x?y=z", host.strip("[]")) == failed
+def peak_memory(plugin: Plugin) -> int:
+    """The most that was ever resident, in KiB, with what it shares with others."""
+    text = Path(f"/proc/{plugin.process.pid}/status").read_text()
+    (most,) = re.findall(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE)
+    return int(most)
 
 
-# ==== Appendix C. Files for other tools: a CDI specification, and node labels =========
+@contextlib.contextmanager
+def silent_clients(port: int) -> Iterator[threading.Semaphore]:
+    """A thousand that say nothing, and a hundred more each second: each is counted."""
+    clients = [dial_http(port) for _ in range(1000)]
+    arrived = threading.Semaphore(0)
+    done = threading.Event()
+
+    def keep_coming() -> None:
+        while not done.wait(0.01):
+            clients.append(dial_http(port))
+            arrived.release()
+
+    with ThreadPoolExecutor() as pool:
+        coming = pool.submit(keep_coming)
+        try:
+            yield arrived
+        finally:
+            done.set()
+    coming.result()
+    for client in clients:
+        client.close()
+
+
+def test_silent_http_clients_hold_up_no_probe(
+    kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
+) -> None:
+    """A thousand, and a hundred more each second, with 1,024 file descriptors."""
+    plugin = launch(tree, kubelet, HTTP)
+    port = port_of(plugin)
+    prlimit(plugin.process.pid, RLIMIT_NOFILE, (1024, 1024))
+    slowest = 0.0
+    with silent_clients(port) as arrived:
+        for number in range(200):
+            assert arrived.acquire(timeout=10)
+            if number % 10 == 0:
+                began = time.monotonic()
+                assert fetch(port, "/healthz")[0] == 200
+                slowest = max(slowest, time.monotonic() - began)
+    bound("a probe beside 1,000 silent HTTP clients", slowest, 1.0)
+    assert peak_memory(plugin) < 60 * 1024
+    assert not plugin.lines("ERROR|WARNING")
+
+
+def test_stops_while_pages_are_asked_for(
+    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound
+) -> None:
+    """And while a client says nothing. Until then each page is answered."""
+    plugin = launch(four, kubelet, HTTP, offers=4)
+    port = port_of(plugin)
+    answered = threading.Semaphore(0)
+
+    def ask(path: str) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while fetch(port, path)[0] == 200:
+                answered.release()
+
+    with ThreadPoolExecutor() as pool, dial_http(port):
+        for path in ("/readyz", "/metrics", *["/healthz"] * 10):
+            pool.submit(ask, path)
+        for _ in range(50):
+            assert answered.acquire(timeout=10)
+        code, seconds = plugin.end()
+    assert code == 0
+    bound("SIGTERM to the end while pages are asked for", seconds, 1.0)
+
+
+# ==== Appendix F. Files for other tools: a CDI specification, and node labels =========
 
 
 class Keeper:
     """The files for other tools, of a node with an n150 and a p300."""
 
     def __init__(self, folder: Path) -> None:
+        self.tree = Tree(folder)
         later = [replace(chip, index=chip.index + 4) for chip in P300]
-        self.tree = Tree(folder, [FIRST, *later])
-        self.inventory = metrics_of(folder).inventory
+        for chip in (FIRST, *later):
+            self.tree.add(replace(chip, heartbeat=False))
         self.cdi = folder / "cdi"
         self.labels = folder / "labels"
-        settings = replace(
-            self.inventory.settings,
+        self.settings = tt.Settings(
+            sysfs_root=self.tree.sys,
+            dev_root=self.tree.dev,
             hugepages="always",
             cdi_dir=self.cdi,
             labels_dir=self.labels,
+            poll_seconds=0.1,  # a reader counts as one that hangs after 50 polls
         )
-        self.files = tt.KeptFiles(settings)
+        self.inventory = tt.Inventory(self.settings)
+        self.files = tt.KeptFiles(self.settings)
         self.file = self.cdi / CDI
         self.draft = self.cdi / f".{CDI}.new"
 
     def keep(self) -> dict[str, str]:
-        """The CDI file's names, each with its device nodes, after it was written.
+        """Poll, and write the files if need be: the CDI file's names, if there is one.
 
-        None unless all healthy cards have a name. podman judges the rest of the file.
+        Each has its device nodes. podman judges the rest of the file.
         """
-        snapshot = self.inventory.snapshot
-        self.files.keep(snapshot)
+        self.files.keep(self.inventory.poll(time.monotonic()))
         self.files._thread.join(5)
-        healthy = [card for card in snapshot.cards if card.verdict.health == "Healthy"]
-        if not self.files.cdi_names(healthy):
+        if not self.file.exists():
             return {}
         nodes = {}
         for one in json.loads(self.file.read_text())["devices"]:
@@ -3245,13 +3693,11 @@ CDI_NAMES = {
 
 
 def test_names_in_the_cdi_file(workdir: Path) -> None:
-    """Each healthy card by ID and by N, and all. Others can read the file."""
+    """Each healthy card by ID and by N, and all."""
     keeper = Keeper(workdir)
     assert keeper.keep() == CDI_NAMES
     assert keeper.file.read_text().count('"containerPath": "/dev/hugepages-1G"') == 6
     assert keeper.listing() == [CDI, LABELS]
-    names = [f"tenstorrent.com/card={card_id}" for card_id in (FIRST.id, P300_ID)]
-    assert keeper.files.cdi_names(keeper.inventory.snapshot.cards) == names
 
 
 def test_kept_files_are_written_if_need_be(workdir: Path) -> None:
@@ -3269,13 +3715,10 @@ def test_the_cdi_file_follows_n_and_health(workdir: Path) -> None:
     """Without healthy cards there is none."""
     keeper = Keeper(workdir)
     keeper.tree.move(FIRST.pci, 7)
-    keeper.inventory.poll(101.0)
     assert keeper.keep()["7"] == "/dev/tenstorrent/7"
     keeper.tree.remove(FIRST.pci)
-    keeper.inventory.poll(102.0)
     assert keeper.keep()["all"] == P300_NODES
     keeper.tree.remove(P300[0].pci)
-    keeper.inventory.poll(103.0)
     assert not keeper.keep()
     assert keeper.listing() == [LABELS]
 
@@ -3283,18 +3726,16 @@ def test_the_cdi_file_follows_n_and_health(workdir: Path) -> None:
 def test_a_file_that_cannot_be_written(
     workdir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is tried again, and said once; no name of it is given out meanwhile."""
+    """It is tried again, and said once. What is there stays meanwhile."""
     caplog.set_level(logging.INFO, "tt-device-plugin")
     keeper = Keeper(workdir)
     keeper.keep()
     keeper.draft.mkdir()
     keeper.tree.move(FIRST.pci, 7)
-    keeper.inventory.poll(101.0)
-    assert [keeper.keep(), keeper.keep()] == [{}, {}]
-    keeper.tree.move(FIRST.pci, 0)  # the file is right again before it was written
-    keeper.inventory.poll(102.0)
     assert [keeper.keep(), keeper.keep()] == [CDI_NAMES, CDI_NAMES]
     keeper.draft.rmdir()
+    assert "7" in keeper.keep()
+    assert "7" in keeper.keep()
     assert [record.getMessage() for record in caplog.records] == [
         f"cannot keep {keeper.file}: Is a directory; trying again",
         f"{keeper.file} is kept again",
@@ -3335,18 +3776,37 @@ def test_kept_files_are_for_everybody(
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
 
 
-def test_with_cdi_a_card_whose_n_has_changed_is_refused(
+def test_pods_are_given_no_cdi_name(
     kubelet: Kubelet, tree: Tree, launch: Launch, kept: list[Path]
 ) -> None:
-    """CDI's device nodes do not follow it."""
+    """It would follow N, not the card. The file is for podman and docker."""
     tree.add(replace(FIRST, by_id=True))
     launch(tree, kubelet, *keep_flags(kept), offers=1)
-    wait_until(lambda: kubelet.allocate(R150, [FIRST.id])["cdi_devices"])
-    kubelet.pre_start(R150, [FIRST.id])
-    tree.move(FIRST.pci, 4)
-    wait_until(lambda: kept[0].exists() and "/4" in kept[0].read_text())
-    with refused("FAILED_PRECONDITION", "/dev/tenstorrent/0", "delete the Pod"):
-        kubelet.pre_start(R150, [FIRST.id])
+    wait_until(kept[0].exists)
+    answer = kubelet.allocate(R150, [FIRST.id])
+    assert answer["devices"]
+    assert not answer["cdi_devices"]
+    assert not answer["annotations"]
+
+
+def test_one_without_the_lock_leaves_the_files_alone(
+    kubelet: Kubelet, four: Tree, launch: Launch, kept: list[Path]
+) -> None:
+    """Also where it has no lock because it cannot be had, and at its end."""
+    launch(four, kubelet, *keep_flags(kept), FAST, offers=4)
+    for path in kept:
+        wait_until(path.exists)
+    before = [path.stat() for path in kept]
+    elsewhere = four.root / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "device-plugins").touch()  # no folder, so it cannot be locked
+    flags = [*four.flags, *keep_flags(kept), f"--kubelet-dir={elsewhere}"]
+    flags += ["--hugepages=always", "--resource-domain=x.org"]  # it would write others
+    with contextlib.closing(Plugin([*COMMAND, *flags])) as other:
+        other.wait_for_line("cannot lock .*: Not a directory")
+        other.wait_for_line(f"{FOURTH.id} .* is Healthy")
+        assert other.end()[0] == 0
+    assert [path.stat() for path in kept] == before
 
 
 def test_one_that_stands_by_leaves_the_files_alone(
@@ -3432,7 +3892,7 @@ def test_no_label_for_different_firmware(workdir: Path) -> None:
     assert tt.node_labels(settings, replace(mixed, cards=())) == ""
 
 
-# ==== Appendix D. The command line: flags, --list, --dry-run, --fake ==================
+# ==== Appendix G. The command line: flags, --list, --dry-run, --fake ==================
 
 # Each flag, two values that are right, and wrong ones. "-": a switch, whose variable
 # has a value.
@@ -3523,6 +3983,42 @@ def test_readme_names_each_flag() -> None:
     assert {*find_flags(" ".join(arguments))} <= FLAG_NAMES
 
 
+def test_readme_sets_no_unknown_variable() -> None:
+    """It would have no effect, and nobody would be told."""
+    named = {*re.findall(r"\bTT_DEVICE_PLUGIN_[A-Z_]+", README)}
+    assert named <= {variable_of(flag) for flag in FLAG_NAMES}
+
+
+def test_readme_and_help_have_one_wording() -> None:
+    """A flag's meaning in README is what --help says, and may say more after that."""
+    meanings = {}
+    for flags, _, _, meaning in table("flag"):
+        name, _, metavar = in_code(flags)[0].replace("\\|", "|").partition(" ")
+        meanings[name] = (metavar, meaning.replace("`", ""))
+    shown = " ".join(run(COMMAND, "--help", COLUMNS="300").stdout.split())
+    for flag in tt.FLAGS:
+        metavar, meaning = meanings[flag.name]
+        assert metavar == flag.metavar
+        assert re.fullmatch(re.escape(flag.help) + r"([;.] .+)?", meaning), flag.name
+        about = f"{flag.name} {flag.metavar}".strip()
+        assert f"{about} {flag.help}" in shown
+
+
+def test_readme_and_help_have_one_default() -> None:
+    """What a flag is without being set; "off" is nothing."""
+    shown = " ".join(run(COMMAND, "--help", COLUMNS="300").stdout.split())
+    for flags, _, default, _ in table("flag")[:-1]:
+        (name,) = find_flags(flags)
+        text = default.strip("`")
+        options = tt.parse([], {})
+        value = getattr(options, name.removeprefix("--").replace("-", "_"))
+        if text == "off":
+            assert not value, name
+        else:
+            assert str(value).removesuffix(".0") == text
+            assert f"(default: {value})" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -3563,9 +4059,10 @@ def test_list_without_cards(workdir: Path) -> None:
 
 
 @pytest.fixture
-def mixed(workdir: Path) -> Tree:
+def mixed(tree: Tree) -> Tree:
     """A node with cards in any state."""
-    tree = Tree(workdir, [FIRST, FOURTH])
+    tree.add(FIRST)
+    tree.add(FOURTH)
     tree.add(replace(SECOND, card_type=""))
     tree.add(replace(THIRD, card_type="unknown"))
     for chip in P300:
@@ -3616,6 +4113,32 @@ def test_list_in_columns(mixed: Tree) -> None:
     assert "vfio-pci" in no_driver
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_list_that_nobody_reads_ends_by_a_signal(
+    tmp_path: Path, bound: Bound, how: signal.Signals
+) -> None:
+    """At once, with exit code 0, and without a trace of made-up cards."""
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    command = [*COMMAND, "--fake=n150=40", "--list", "--json"]
+    env = environment(TMPDIR=str(tmp_path))
+    with contextlib.closing(Plugin(command, stdout=writer, env=env)) as plugin:
+        os.close(writer)
+        wait_until(lambda: unread(reader) == size)
+        code, seconds = plugin.end(how)
+        os.close(reader)
+    assert code == 0
+    assert not plugin.lines()
+    bound(f"{how.name} to the end of --list", seconds, 1.0)
+    assert not os.listdir(tmp_path)
+
+
+def unread(pipe: int) -> int:
+    """How many bytes wait in a pipe."""
+    answer = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
 # ---- --dry-run ----
 
 
@@ -3652,6 +4175,43 @@ def test_dry_run_says_after_which_step_it_failed(
     assert done.returncode == 1
     assert "\nFAILED after the step above: " in done.stdout
     assert done.stdout.split("\n\n")[-2].lstrip().startswith(step), done.stdout
+
+
+def test_a_dry_run_says_why_its_plugin_has_ended() -> None:
+    """It does not wait for a registration that will not come."""
+
+    async def fail() -> None:
+        raise tt.CannotWork("WHY")
+
+    async def wait() -> None:
+        plugin = asyncio.create_task(fail())
+        await tt.next_request(tt.DryRunKubelet(), plugin)
+
+    with pytest.raises(tt.CannotWork, match="WHY"):
+        asyncio.run(wait())
+
+
+# Runs the plugin in an interpreter to which something was done first.
+PROGRAM = """
+import importlib.machinery, os, runpy, signal, sys, tempfile
+{}
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+NO_TEMPORARY_FOLDER = "tempfile._candidate_tempdir_list = lambda: ['/nowhere']"
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--list"])
+def test_cannot_work_without_a_temporary_folder(flag: str) -> None:
+    """Exit code 1, and a sentence that says what to set."""
+    path = f"sys.path.insert(0, {str(HERE)!r})"
+    program = PROGRAM.format(f"{path}; {NO_TEMPORARY_FOLDER}")
+    command = [sys.executable, "-c", program, COMMAND[-1]]
+    done = run(command, "--fake=n150=1", flag)
+    assert done.returncode == 1
+    assert re.search(
+        r"^\S+ ERROR cannot make a temporary folder: .*set TMPDIR.*\n$", done.stderr
+    )
 
 
 @pytest.mark.parametrize("uid", [0, 65534])
@@ -3692,7 +4252,8 @@ def build_words(packed: Path) -> list[str]:
 
 
 @pytest.fixture(
-    params=[PYZ, pytest.param(UNIVERSAL, marks=long_only)], ids=lambda file: file.name
+    params=[PYZ, pytest.param(UNIVERSAL, marks=long_only)],
+    ids=[PYZ.name, UNIVERSAL.name],
 )
 def packed(request: pytest.FixtureRequest) -> Path:
     """The file for this interpreter; with --long the universal one, too."""
@@ -3908,6 +4469,7 @@ mount --bind "$WORKDIR" mnt; mount --bind "$HERE" srv; mount --bind /usr/bin hom
 for each in mnt srv home; do mount -o remount,bind,ro $each; done
 mount --bind "$WORKDIR/k/device-plugins" mnt/k/device-plugins
 mount -o remount,bind,ro .
+# shellcheck disable=SC2086  # $VARIABLES are several words
 exec env -i PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin $VARIABLES \
     chroot --userspec=65532:65532 . "$@"
 """
@@ -3991,10 +4553,12 @@ def test_serves_as_an_image(four: Tree, open_kubelet: Kubelet, tmp_path: Path) -
     assert "image: localhost/plugin:1\n" in (HERE / "dist/daemonset.yaml").read_text()
     *_, text, box["ROOT"] = done.stdout.splitlines()
     config = json.loads(text)
-    box["VARIABLES"] = " ".join(config["Env"])
+    box["VARIABLES"] = " ".join([*config["Env"], "TMPDIR=/mnt/k/device-plugins"])
     python, *words = config["Entrypoint"]
 
-    done = run([*IN_BOX, python, "-v", *words, "--version"], **box)
+    # Made-up cards need what the plugin imports last, and a folder to write to.
+    flags = ["--fake=n150=1", "--list"]
+    done = run([*IN_BOX, python, "-v", *words, *flags], **box)
     pattern = r"^# code object from '?(/.*\.py)'?$"
     assert done.returncode == 0
     assert re.findall(pattern, done.stderr, re.MULTILINE) == []
@@ -4032,19 +4596,20 @@ def check_version(command: Sequence[str], code: int, says: str) -> None:
     assert re.search(says, said), said
 
 
-# Runs a packed file in this process after something was done to it.
-PROGRAM = """
-import importlib.machinery, os, runpy, sys
-{}
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def changed(packed: Path, change: str) -> list[str]:
+    """What runs a packed file in an interpreter to which this was done first."""
+    return [sys.executable, "-c", PROGRAM.format(change), str(packed)]
 
 
 @pytest.mark.parametrize(
     ("change", "code", "says"),
     [
         ("del os.memfd_create", 0, f"^tt-device-plugin {tt.__version__} "),
+        (
+            f"del os.memfd_create; {NO_TEMPORARY_FOLDER}",
+            1,
+            "cannot start: .* needs memfd_create, or a folder for temporary files",
+        ),
         (
             "sys.modules['asyncio'] = None",
             1,
@@ -4056,8 +4621,20 @@ def test_packed_file_says_what_is_missing(
     packed: Path, change: str, code: int, says: str
 ) -> None:
     """In one sentence; it can do without memfd_create."""
-    command = [sys.executable, "-c", PROGRAM.format(change), str(packed)]
-    check_version(command, code, says)
+    check_version(changed(packed, change), code, says)
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_packed_file_ends_by_a_signal_while_it_starts(packed: Path, how: str) -> None:
+    """With exit code 0, and without a traceback."""
+    change = f"""
+def send(event, arguments):
+    if event == "import" and arguments[0] == "grpc":
+        signal.raise_signal(signal.{how})
+sys.addaudithook(send)
+"""
+    done = run(changed(packed, change), "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_packed_file_names_its_pythons(packed: Path) -> None:
@@ -4066,7 +4643,7 @@ def test_packed_file_names_its_pythons(packed: Path) -> None:
     versions = ", ".join(f"3.{minor}" for minor in minors)
     says = f"is not for this Python.* CPython {versions} on "
     change = "importlib.machinery.EXTENSION_SUFFIXES[:] = ['.cpython-399-other.so']"
-    check_version([sys.executable, "-c", PROGRAM.format(change), str(packed)], 1, says)
+    check_version(changed(packed, change), 1, says)
     for minor, path in interpreters().items():
         if minor < min(PYTHONS):
             check_version([path, str(packed)], 1, says)
@@ -4075,7 +4652,8 @@ def test_packed_file_names_its_pythons(packed: Path) -> None:
 
 # ==== README and daemonset.yaml: what they say ========================================
 
-MANIFEST: Event = yaml.safe_load((HERE / "daemonset.yaml").read_text())
+MANIFEST_TEXT = (HERE / "daemonset.yaml").read_text()
+ACCOUNT, MANIFEST = yaml.safe_load_all(MANIFEST_TEXT)
 
 
 def kubernetes_versions() -> list[str]:
@@ -4121,21 +4699,50 @@ IMAGE_NAME = "registry.example/plugin:7"
 
 
 @pytest.fixture(params=["file", "image"])
-def manifest(request: pytest.FixtureRequest) -> Event:
-    """That for the file on the node, and that for an image."""
+def objects(request: pytest.FixtureRequest) -> list[Event]:
+    """Those of the manifest for the file on the node, and of that for an image."""
     if request.param == "file":
-        return MANIFEST
+        return [ACCOUNT, MANIFEST]
     done = finish([sys.executable, HERE / "tools/manifest.py", IMAGE_NAME])
-    made: Event = yaml.safe_load(done.stdout)
-    assert container_of(made)["image"] == IMAGE_NAME
+    made = list(yaml.safe_load_all(done.stdout))
+    assert container_of(made[-1])["image"] == IMAGE_NAME
     return made
 
 
+@pytest.fixture
+def manifest(objects: list[Event]) -> Event:
+    """The DaemonSet of either."""
+    _, daemonset = objects
+    return daemonset
+
+
 @pytest.mark.parametrize("version", kubernetes_versions())
-def test_manifest_is_valid(manifest: Event, version: str) -> None:
+def test_manifest_is_valid(objects: list[Event], version: str) -> None:
     """And so is README's Pod."""
-    for one in (manifest, POD):
+    for one in (*objects, POD):
         kubernetes_validate.validate(one, version, strict=True)
+
+
+# How README or a comment says to edit the manifest: a pattern, and what replaces it.
+EDITS = {
+    "no SELinux type": (r"^ *seLinuxOptions:\n.*\n", ""),
+    "before 1.22": (r"^ *rollingUpdate:\n.*\n.*\n", ""),
+    "only labelled nodes": (r"# (tenstorrent\.com/cards: )", r"\1"),
+    "Node Feature Discovery": (r"# (- key: feature.*\n *)# (.*\n *)# ", r"\1\2"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_manifest_can_be_edited_as_readme_says(name: str) -> None:
+    """It stays valid, and means something else."""
+    pattern, new = EDITS[name]
+    text, count = re.subn(pattern, new, MANIFEST_TEXT, flags=re.MULTILINE)
+    assert count == 1
+    account, edited = yaml.safe_load_all(text)
+    assert account == ACCOUNT
+    assert edited != MANIFEST
+    for version in kubernetes_versions():
+        kubernetes_validate.validate(edited, version, strict=True)
 
 
 def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
@@ -4152,6 +4759,56 @@ def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
     assert [path for path in mounts if not mounts[path].get("readOnly")] == [folder]
     assert mounts[folder]["mountPath"] == folder
     assert f"--dev-root={mounts['/dev']['mountPath']}" in container["args"]
+    # So that it sees huge pages that are mounted after its start.
+    assert mounts["/dev"]["mountPropagation"] == "HostToContainer"
+
+
+def test_manifest_runs_on_each_real_node(manifest: Event) -> None:
+    """Whatever taints it has. On a virtual node the Pod would be Pending for ever."""
+    spec = manifest["spec"]["template"]["spec"]
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["nodeSelector"] == {"kubernetes.io/os": "linux"}
+    affinity = spec["affinity"]["nodeAffinity"]
+    wanted = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = wanted["nodeSelectorTerms"]
+    virtual = {"key": "type", "operator": "NotIn", "values": ["virtual-kubelet"]}
+    assert term == {"matchExpressions": [virtual]}
+
+
+def test_manifest_updates_without_a_gap(manifest: Event) -> None:
+    """The new Pod starts beside the old one. No minReadySeconds: that can stall it."""
+    spec = manifest["spec"]
+    surge = {"maxSurge": 1, "maxUnavailable": 0}
+    strategy = {"type": "RollingUpdate", "rollingUpdate": surge}
+    assert spec["updateStrategy"] == strategy
+    assert "minReadySeconds" not in spec
+
+
+def test_manifest_has_an_account_of_its_own(objects: list[Event]) -> None:
+    """Without a token. README names it for OpenShift."""
+    account, manifest = objects
+    spec = manifest["spec"]["template"]["spec"]
+    name = account["metadata"]["name"]
+    namespace = account["metadata"]["namespace"]
+    assert (account["kind"], manifest["kind"]) == ("ServiceAccount", "DaemonSet")
+    assert spec["serviceAccountName"] == name
+    assert manifest["metadata"]["namespace"] == namespace
+    assert account["automountServiceAccountToken"] is False
+    assert f"add-scc-to-user privileged -z {name} -n {namespace}`" in README
+
+
+def test_images_are_named_with_their_registry() -> None:
+    """Some container runtimes refuse short names (cri-o#9401)."""
+    (container,) = POD["spec"]["containers"]
+    for image in (container_of(MANIFEST)["image"], container["image"]):
+        assert image.startswith("docker.io/library/")
+    texts = [README, *(path.read_text() for path in (HERE / "tools").glob("*"))]
+    texts += [MANIFEST_TEXT, (HERE / "build.sh").read_text()]
+    for text in texts:
+        for registry, image in re.findall(
+            r"(\S*?)\b(busybox|python:3\.[\w.-]+)(?=[\s`}])", text
+        ):
+            assert registry.endswith("docker.io/library/"), image
 
 
 def test_manifest_has_one_port(manifest: Event) -> None:
@@ -4182,12 +4839,12 @@ def test_manifest_has_no_privileges(manifest: Event) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
 
 
-def manifest_command(folder: Path) -> list[str]:
+def manifest_command(folder: Path, port: int = 0) -> list[str]:
     """What the manifest's container runs, with this folder as the host's."""
     container = container_of(MANIFEST)
     words = [*container["command"], *container["args"]]
     return [
-        word.replace("/opt/tenstorrent", str(folder)).replace("7762", "0")
+        word.replace("/opt/tenstorrent", str(folder)).replace("7762", f"{port}")
         for word in words
     ]
 
@@ -4203,6 +4860,21 @@ def test_manifest_waits_for_the_file(workdir: Path) -> None:
         line = waiting.wait_for_line("^RUNS", timeout=30)
         assert "--listen" in line
         assert len(waiting.lines()) == 2, waiting.lines()
+
+
+def test_waiting_for_the_file_answers_probes(workdir: Path) -> None:
+    """The Pod is Ready, and its pages say what is missing, as a comment to Prometheus.
+
+    A head is all that HEAD gets.
+    """
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+    with contextlib.closing(Plugin(manifest_command(workdir, port))) as waiting:
+        line = waiting.wait_for_line(r"tt-device-plugin\.pyz")
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert fetch(port, path) == (200, f"# {line}\n")
+        _, head = answer_to(port, b"HEAD /healthz HTTP/1.1\r\n\r\n")
+        assert head.endswith(b"\r\n\r\n")
 
 
 def test_waiting_for_the_file_ends_by_sigterm(workdir: Path) -> None:
@@ -4288,7 +4960,23 @@ def test_readme_unit(tmp_path: Path) -> None:
 def test_readme_names_each_metric() -> None:
     """And no other."""
     named = {name for row in table("metric") for name in in_code(row[0])}
-    assert named == tt.METRICS.keys()
+    assert named == tt.HELP.keys()
+
+
+def test_readme_names_what_there_is_to_change() -> None:
+    """Each name in its table is defined in the module."""
+    names = {name for _, change in table("to add") for name in in_code(change)}
+    source = (HERE / "tt_device_plugin.py").read_text()
+    pattern = r"^ *(?:(?:async )?def|class) (\w+)|^(\w+)(?:: .*)? = "
+    defined = {*itertools.chain(*re.findall(pattern, source, re.MULTILINE))}
+    assert names
+    assert names <= defined
+
+
+def test_readme_names_the_files_in_tools() -> None:
+    """They are there."""
+    names = {name for files, _ in table("in `tools/`") for name in in_code(files)}
+    assert names <= {*os.listdir(HERE / "tools")}
 
 
 def test_readme_links() -> None:
@@ -4353,8 +5041,12 @@ def test_readme_symptoms(request: pytest.FixtureRequest, said: str) -> None:
     if missing:
         example = min(missing)
         pytest.skip(f"only a part runs, without {len(missing)} tests such as {example}")
-    for cell, *_ in table("symptom"):
-        symptom = in_code(cell)[0]
+    symptoms = [symptom for cell, *_ in table("symptom") for symptom in in_code(cell)]
+    assert {
+        "does another plugin register the same resource?",
+        "Pod ... holds it as ...",
+    } <= {*symptoms}
+    for symptom in symptoms:
         pattern = ".+".join(map(re.escape, symptom.split("...")))
         assert re.search(pattern, said), symptom
 

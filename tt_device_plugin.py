@@ -1725,8 +1725,8 @@ KINDS = {
     ),
     "replaced": Kind(
         UNHEALTHY,
-        "at its PCI address, {pci}, is card {card_id} now: another card, or this one by "
-        "the ID that it has now. Restart the plugin, which then forgets this ID",
+        "at its PCI address, {pci}, is card {card_id} now: another card, or this one "
+        "by the ID that it has now. Restart the plugin, which then forgets this ID",
     ),
     "resetting": Kind(
         UNHEALTHY,
