@@ -2835,6 +2835,7 @@ class PageServer:
 
     def __init__(self, pages: Mapping[str, Callable[[], Awaitable[Page]]]) -> None:
         self.pages = pages
+        self._failures: dict[str, str] = {}  # path -> how it failed last
         # In the order in which they came; the values have no meaning.
         self._clients: dict[asyncio.StreamWriter, None] = {}
 
@@ -2902,7 +2903,9 @@ class PageServer:
         except (
             Exception
         ) as error:  # a defect of a page must be seen, in it and in the log
-            log.exception("%s failed", path)
+            if self._failures.get(path) != repr(error):  # once, not at each scrape
+                log.exception("%s failed", path)
+            self._failures[path] = repr(error)
             return Page(HTTPStatus.INTERNAL_SERVER_ERROR, repr(error))
 
 
