@@ -2900,9 +2900,7 @@ class PageServer:
             return Page(HTTPStatus.NOT_FOUND, text)
         try:
             return await self.pages[path]()
-        except (
-            Exception
-        ) as error:  # a defect of a page must be seen, in it and in the log
+        except Exception as error:  # a defect must be seen, in the page and in the log
             if self._failures.get(path) != repr(error):  # once, not at each scrape
                 log.exception("%s failed", path)
             self._failures[path] = repr(error)
