@@ -3717,9 +3717,8 @@ async def until_signal(work: Coroutine[Any, Any, int | None]) -> int:
 
     def wait_for_signal() -> None:
         signal.sigwait(STOP_SIGNALS)
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the loop is closed: it ended by itself
+        # RuntimeError: the loop is closed, as the work has ended by itself.
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(task.cancel)
 
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
