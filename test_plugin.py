@@ -1889,6 +1889,7 @@ class State:
     folder: bool = False  # whether the kubelet's folder is there without it
 
 
+BOTH_SIGNALS = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 STATES = {
     "no folder": State("is not there yet", kubelet=False),
     "no kubelet": State("no kubelet listens", kubelet=False, folder=True),
@@ -1912,6 +1913,7 @@ def stop(plugin: Plugin, bound: Bound, how: signal.Signals = signal.SIGTERM) -> 
     bound(f"{how.name} to the end", seconds, 1.0)
 
 
+@BOTH_SIGNALS
 @pytest.mark.parametrize("name", STATES)
 def test_stops_in_each_state(
     kubelet: Kubelet,
@@ -1921,6 +1923,7 @@ def test_stops_in_each_state(
     tmp_path: Path,
     keep: list[str],
     name: str,
+    how: signal.Signals,
 ) -> None:
     """No socket and no file of it is left."""
     state = STATES[name]
@@ -1935,19 +1938,75 @@ def test_stops_in_each_state(
         plugin.wait_for_line(state.said)
     if name != "no folder":
         wait_until(lambda: {*os.listdir(tmp_path)} == KEPT)
-    stop(plugin, bound)
+    stop(plugin, bound, how)
     assert not kubelet.plugin_sockets()
     assert not os.listdir(tmp_path)
 
 
+@BOTH_SIGNALS
+@pytest.mark.parametrize("flag", [FAST, "--list", "--dry-run"])
 def test_stops_while_its_first_poll_hangs(
-    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound
+    kubelet: Kubelet,
+    four: Tree,
+    launch: Launch,
+    bound: Bound,
+    flag: str,
+    how: signal.Signals,
 ) -> None:
     """A read of sysfs that does not return holds up no end."""
     four.hang(FIRST.pci, "tt_card_type")
-    plugin = launch(four, kubelet)
-    wait_until(lambda: handles_sigterm(plugin))
-    stop(plugin, bound)
+    plugin = launch(four, kubelet, flag, stdout=subprocess.DEVNULL)
+    with open(four.entry(FIRST.pci) / "tt_card_type", "w"):  # waits for the read
+        stop(plugin, bound, how)
+
+
+@contextlib.contextmanager
+def full_pipe() -> Iterator[int]:
+    """A pipe that is full and that nobody reads: its end to write to."""
+    ends = os.pipe()
+    os.set_blocking(ends[1], False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(ends[1], bytes(4096))
+    os.set_blocking(ends[1], True)
+    try:
+        yield ends[1]
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def waits_to_print(plugin: Plugin) -> bool:
+    """Whether a thread of it is in a call whose first argument is 1, its stdout."""
+    for path in Path(f"/proc/{plugin.process.pid}/task").glob("*/syscall"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            if re.match(r"\d+ 0x1 ", path.read_text()):
+                return True
+    return False
+
+
+@BOTH_SIGNALS
+@pytest.mark.parametrize("fake", [[], ["--fake=n150=2"]])
+@pytest.mark.parametrize("flag", ["--list", "--dry-run"])
+def test_stops_while_nobody_reads_what_it_prints(
+    kubelet: Kubelet,
+    four: Tree,
+    launch: Launch,
+    workdir: Path,
+    bound: Bound,
+    flag: str,
+    fake: list[str],
+    how: signal.Signals,
+) -> None:
+    """Such as `--list | less`. No folder of made-up cards is left."""
+    kept = workdir / "kept"  # with a short name: a dry run makes sockets in it
+    kept.mkdir()
+    variables = environment(TMPDIR=str(kept))
+    with full_pipe() as stdout:
+        plugin = launch(four, kubelet, flag, *fake, stdout=stdout, env=variables)
+        wait_until(lambda: waits_to_print(plugin))
+        stop(plugin, bound, how)
+    assert not os.listdir(kept)
 
 
 def test_stops_by_many_signals(kubelet: Kubelet, plugin: Plugin, bound: Bound) -> None:
@@ -2008,6 +2067,40 @@ def test_one_that_stood_by_leaves_all_to_the_holder(
     assert holder.process.poll() is None
 
 
+def test_one_that_never_held_the_lock_leaves_files_alone(
+    kubelet: Kubelet,
+    four: Tree,
+    launch: Launch,
+    bound: Bound,
+    tmp_path: Path,
+    keep: list[str],
+) -> None:
+    """Those of another instance: it neither writes nor removes them."""
+    for name in KEPT:
+        (tmp_path / name).write_text("another instance's")
+    kubelet.root.mkdir()
+    kubelet.folder.touch()  # no folder, so it cannot be locked
+    plugin = launch(four, kubelet, *keep)
+    plugin.wait_for_line("cannot lock .*: Not a directory")
+    stop(plugin, bound)
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert texts == dict.fromkeys(KEPT, "another instance's")
+
+
+def test_a_dry_run_says_why_its_plugin_ended() -> None:
+    """Not that there was no answer in time."""
+
+    async def end() -> None:
+        raise tt.CannotWork("it may make no sockets")
+
+    async def main() -> None:
+        plugin = asyncio.create_task(end())
+        await tt.next_request(tt.DryRunKubelet(), plugin)
+
+    with pytest.raises(tt.CannotWork, match="it may make no sockets"):
+        asyncio.run(main())
+
+
 def handles_sigterm(plugin: Plugin) -> bool:
     """Whether its own code runs: it blocks the signal, or has a handler for it."""
     status = Path(f"/proc/{plugin.process.pid}/status").read_text()
@@ -2016,12 +2109,12 @@ def handles_sigterm(plugin: Plugin) -> bool:
 
 
 def stop_at_random(plugin: Plugin, number: int) -> None:
-    """SIGTERM within its first 0.5 s; none to each sixth, a dry run that ends."""
+    """A signal within its first 0.5 s; none to each sixth, a dry run that ends."""
     moment = random.Random(number).uniform(0, 0.5)
     wait_until(lambda: handles_sigterm(plugin))
     time.sleep(moment)
     if number % 6:
-        plugin.send(signal.SIGTERM)
+        plugin.send(signal.SIGINT if number % 2 else signal.SIGTERM)
     plugin.reader.join(30)
     assert plugin.process.returncode == 0, (number, moment, plugin.lines())
 
@@ -2099,7 +2192,7 @@ def test_stops_while_nobody_reads_the_log(
     reading = plugin.log.changed  # who reads its stderr waits for this lock
     with dial(kubelet) as channel, reading:
         allocate = rpc.DevicePluginStub(channel).Allocate
-        seconds = flood(kubelet, allocate, 100_000 if LONG else 20_000)
+        seconds = flood(kubelet, allocate, 100_000 if LONG else 3000)
         bound("Allocate while nobody reads the log", seconds, 0.05)
         calls = [allocate.future(api.AllocateRequest()) for _ in range(1000)]
         assert calls[0].code()
