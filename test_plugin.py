@@ -1684,7 +1684,7 @@ def test_dropped_streams_leave_nothing(kubelet: Kubelet, plugin: Plugin) -> None
         counts.append(len(kubelet.plugin_sockets()))
         return private_memory(plugin), counts
 
-    rounds = 1000 if LONG else 200
+    rounds = 1000 if LONG else 100
     memory, counts = drop(rounds // 4)
     memory_later, counts_later = drop(rounds)
     assert counts_later == counts
@@ -1780,7 +1780,7 @@ def wait_health(kubelet: Kubelet, name: str, health: str, after: int = 0) -> flo
     """Wait until this card is listed with this health; the time when it was."""
 
     def fits(event: Event) -> bool:
-        return event["event"] == "devices" and event["devices"].get(name) == health
+        return bool(event.get("devices", {}).get(name) == health)
 
     return float(kubelet.log.wait_for(fits, 20, after, f"{name} {health}")["t"])
 
@@ -1906,6 +1906,11 @@ def keep(tmp_path: Path) -> list[str]:
     return [FAST, f"--cdi-dir={tmp_path}", f"--labels-dir={tmp_path}"]
 
 
+def are_kept(folder: Path) -> bool:
+    """Whether these files are in the folder, and nothing else."""
+    return {*os.listdir(folder)} == KEPT
+
+
 def stop(plugin: Plugin, bound: Bound, how: signal.Signals = signal.SIGTERM) -> None:
     """It ends within a second, with exit code 0."""
     code, seconds = plugin.end(how)
@@ -1937,7 +1942,7 @@ def test_stops_in_each_state(
     else:
         plugin.wait_for_line(state.said)
     if name != "no folder":
-        wait_until(lambda: {*os.listdir(tmp_path)} == KEPT)
+        wait_until(functools.partial(are_kept, tmp_path))
     stop(plugin, bound, how)
     assert not kubelet.plugin_sockets()
     assert not os.listdir(tmp_path)
@@ -2004,7 +2009,7 @@ def test_stops_while_nobody_reads_what_it_prints(
     variables = environment(TMPDIR=str(kept))
     with full_pipe() as stdout:
         plugin = launch(four, kubelet, flag, *fake, stdout=stdout, env=variables)
-        wait_until(lambda: waits_to_print(plugin))
+        wait_until(functools.partial(waits_to_print, plugin))
         stop(plugin, bound, how)
     assert not os.listdir(kept)
 
@@ -2057,13 +2062,13 @@ def test_one_that_stood_by_leaves_all_to_the_holder(
 ) -> None:
     """Its socket, and its files for other tools."""
     holder = launch(four, kubelet, *keep, offers=4)
-    wait_until(lambda: {*os.listdir(tmp_path)} == KEPT)
+    wait_until(functools.partial(are_kept, tmp_path))
     sockets = kubelet.plugin_sockets()
     plugin = launch(four, kubelet, *keep)
     plugin.wait_for_line(STANDING_BY)
     stop(plugin, bound)
     assert kubelet.plugin_sockets() == sockets
-    assert {*os.listdir(tmp_path)} == KEPT
+    assert are_kept(tmp_path)
     assert holder.process.poll() is None
 
 
@@ -2111,12 +2116,22 @@ def handles_sigterm(plugin: Plugin) -> bool:
 def stop_at_random(plugin: Plugin, number: int) -> None:
     """A signal within its first 0.5 s; none to each sixth, a dry run that ends."""
     moment = random.Random(number).uniform(0, 0.5)
-    wait_until(lambda: handles_sigterm(plugin))
+    wait_until(functools.partial(handles_sigterm, plugin))
     time.sleep(moment)
     if number % 6:
         plugin.send(signal.SIGINT if number % 2 else signal.SIGTERM)
     plugin.reader.join(30)
     assert plugin.process.returncode == 0, (number, moment, plugin.lines())
+
+
+@contextlib.contextmanager
+def busy_cores() -> Iterator[None]:
+    """Two processes have always something to do."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            loop = Plugin([sys.executable, "-c", "while True: 1"])
+            stack.enter_context(contextlib.closing(loop))
+        yield
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -2140,14 +2155,10 @@ def test_stops_at_any_moment(
         assert not (dry and plugin.lines())
 
     count = 750 if LONG else 15
-    with contextlib.ExitStack() as stack:
-        if busy:
-            for _ in range(2):
-                loop = Plugin([sys.executable, "-c", "while True: 1"])
-                stack.enter_context(contextlib.closing(loop))
-        else:
-            kubelet.start()
-        pool = stack.enter_context(ThreadPoolExecutor(2))
+    if not busy:
+        kubelet.start()
+    crowd = busy_cores() if busy else contextlib.nullcontext()
+    with crowd, ThreadPoolExecutor(2) as pool:
         list(pool.map(start_and_stop, range(busy * count, (1 + busy) * count)))
     assert not kubelet.plugin_sockets()
     assert not os.listdir(kept)
@@ -2348,32 +2359,491 @@ def test_the_lock_goes_last(kubelet: Kubelet, four: Tree) -> None:
 def test_stale_sockets_are_removed(
     kubelet: Kubelet, four: Tree, plugin: Plugin, launch: Launch
 ) -> None:
-    """Those that a killed instance has left, and nothing else.
-
-    Sockets of others, one at which somebody listens, and what is no socket, stay.
-    """
+    """Those that a killed instance has left."""
+    (stale,) = kubelet.plugin_sockets()
     plugin.end(signal.SIGKILL)
     kubelet.wait_status(R150, 4, 0)
-    (stale,) = kubelet.plugin_sockets()
+    assert kubelet.plugin_sockets() == [stale]
+    heir = launch(four, kubelet, offers=4)
+    assert stale not in kubelet.plugin_sockets()
+    heir.wait_for_line(f"removed {stale}: left behind")
+
+
+def test_what_is_not_stale_stays(kubelet: Kubelet, four: Tree, launch: Launch) -> None:
+    """Sockets of others, one at which somebody listens, and what is no socket."""
+    kubelet.start()
+    names = ("nvidia-gpu", "tenstorrent-n150-zzzzzz", "tenstorrent-n150-aaaaaa")
+    paths = [kubelet.folder / f"{name}.sock" for name in names]
     no_socket = kubelet.folder / "tenstorrent-n150-bbbbbb.sock"
     no_socket.touch()
-    names = {
-        "nvidia-gpu.sock",
-        "tenstorrent-n150-zzzzzz.sock",
-        "tenstorrent-n150-aaaaaa.sock",
-    }
     with contextlib.ExitStack() as stack:
-        for name in names:
+        for path in paths:
             other = stack.enter_context(socket.socket(socket.AF_UNIX))
-            other.bind(str(kubelet.folder / name))
-            if "aaaaaa" in name:
-                other.listen(0)
+            other.bind(str(path))
+        other.listen(0)
         launch(four, kubelet, offers=4)
-        left = {*kubelet.plugin_sockets()}
-        assert names < left
-        assert len(left) == 4
-        assert stale not in left
+        assert all(path.is_socket() for path in paths)
     assert no_socket.exists()
+
+
+def test_without_cards_one_instance_stands_by(
+    kubelet: Kubelet, tree: Tree, launch: Launch
+) -> None:
+    """As it would with cards, so that a rolling update goes on."""
+    kubelet.start()
+    first = launch(tree, kubelet, HTTP)
+    first.wait_for_line("waiting for some")
+    second = launch(tree, kubelet, HTTP)
+    assert STANDING_BY in fetch(second, "/readyz")[1]
+    first.end()
+
+    def serves() -> bool:
+        return "no cards to register" in fetch(second, "/readyz")[1]
+
+    wait_until(serves)
+
+
+# ---- The kubelet's own record: moved cards ----
+
+
+@pytest.fixture
+def two(tree: Tree) -> Tree:
+    """A node with two n150, whose device nodes lead to different devices.
+
+    A device number goes with N. Udev has made no links.
+    """
+    tree.add(FIRST)
+    tree.add(replace(SECOND, target=DEVICES[1]))
+    return tree
+
+
+def swap_numbers(kubelet: Kubelet, tree: Tree) -> None:
+    """Two cards come back from a reset, each with the other's N."""
+    mark = kubelet.log.mark()
+    first = tree.remove(FIRST.pci)
+    second = tree.remove(SECOND.pci)
+    kubelet.wait_status(R150, 2, 0, after=mark)
+    tree.add(replace(first, index=1, target=DEVICES[1]))
+    tree.add(replace(second, index=0, target=DEVICES[0]))
+    kubelet.wait_status(R150, 2, 2, after=mark)
+
+
+@both_generations
+@pytest.mark.parametrize("restarts", ["nothing", "the plugin", "the kubelet"])
+def test_no_container_restarts_on_another_card(
+    kubelet: Kubelet, two: Tree, launch: Launch, restarts: str
+) -> None:
+    """Its answer names /dev/tenstorrent/0, which is another Pod's card by now."""
+    plugin = launch(two, kubelet, FAST, offers=2)
+    kubelet.admit("pod", {R150: 1}, {R150: [FIRST.id]})
+    (device,) = kubelet.start_container("pod")["devices"]
+    assert device["resolved"] == DEVICES[0]
+
+    mark = kubelet.log.mark()
+    if restarts == "the plugin":
+        plugin.end(signal.SIGKILL)
+        launch(two, kubelet, FAST, offers=2)
+    if restarts == "the kubelet":
+        kubelet.kill()
+        kubelet.start()
+        kubelet.wait_status(R150, 2, 2, after=mark)
+    swap_numbers(kubelet, two)
+    with refused(
+        "FAILED_PRECONDITION",
+        f"card {FIRST.id} (n150, /dev/tenstorrent/1): it was /dev/tenstorrent/0 when",
+    ):
+        kubelet.start_container("pod")
+
+
+@rows(
+    "hugepages, refused_by",
+    """
+    without huge pages  never
+    with huge pages     always  both would use the same huge page files
+    """,
+)
+def test_a_container_gets_its_moved_card_by_udevs_link(
+    kubelet: Kubelet, two: Tree, launch: Launch, hugepages: str, refused_by: str
+) -> None:
+    """Not with huge pages, whose files are named after the N that it has inside."""
+    two.link(FIRST.pci)
+    flags = [FAST, f"--hugepages={hugepages}"]
+    plugin = launch(two, kubelet, *flags, offers=2)
+    kubelet.admit("pod", {R150: 1}, {R150: [FIRST.id]})
+    swap_numbers(kubelet, two)
+    two.link(FIRST.pci)
+    plugin.end(signal.SIGKILL)
+    launch(two, kubelet, *flags, offers=2)
+    if refused_by:
+        with refused("FAILED_PRECONDITION", f"card {FIRST.id} ", refused_by):
+            kubelet.start_container("pod")
+    else:
+        (device,) = kubelet.start_container("pod")["devices"]
+        assert device["container_path"] == "/dev/tenstorrent/0"
+        assert device["resolved"] == DEVICES[1]
+
+
+def test_udevs_links_may_come_later_and_be_away(
+    kubelet: Kubelet, tree: Tree, launch: Launch
+) -> None:
+    """A container restarts, as long as none leads to another card."""
+    resource = "tenstorrent.com/p300"
+    one, other = P300
+    tree.add(replace(one, by_id=True))
+    tree.add(other)
+    kubelet.start()
+    launch(tree, kubelet)
+    kubelet.wait_status(resource, 1, 1)
+    devices = kubelet.admit("pod", {resource: 1})["devices"]
+    paths = [device["host_path"] for device in devices]
+    assert paths == [f"/dev/tenstorrent/by-id/{one.id}", "/dev/tenstorrent/1"]
+
+    tree.link(other.pci)
+    kubelet.start_container("pod")
+    (tree.by_id / one.id).unlink()
+    kubelet.pre_start(resource, [P300_ID])  # the runtime would try again
+    relink(tree.by_id / other.id, "../7")  # udev is late: nothing is there
+    kubelet.pre_start(resource, [P300_ID])
+
+
+def discovery_of(tree: Tree) -> tt.Discovery:
+    """What the plugin sees of this tree."""
+    settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)
+    return tt.TenstorrentDiscovery(settings)
+
+
+def snapshot_of(tree: Tree) -> tt.Snapshot:
+    """The cards of this tree, all healthy: those with one chip."""
+    discovery = discovery_of(tree)
+    members = []
+    for listed in discovery.chips():
+        chip, _ = discovery.read(listed)
+        members.append(tt.JudgedChip(chip, tt.make_verdict("ok")))
+    return tt.next_snapshot(tt.Snapshot(), members, tt.Settings(), now=0.0)
+
+
+@pytest.fixture
+def swapped(workdir: Path) -> Tree:
+    """The first card is N = 1, and the second N = 0. Udev has made links to both."""
+    first = replace(FIRST, index=1, target=DEVICES[1], by_id=True)
+    return Tree(workdir, [first, replace(SECOND, index=0, by_id=True)])
+
+
+def held(
+    resource: str,
+    *ids: str,
+    pod: str = "other",
+    paths: Sequence[str] = (),
+    inside: str = "0",
+    **answer: Any,
+) -> tt.Holding:
+    """What a container holds: `paths` in /dev/tenstorrent, which is N = `inside`."""
+    devices = []
+    for path in paths:
+        host = Path("/dev/tenstorrent") / path  # an absolute one stays as it is
+        node = f"/dev/tenstorrent/{inside}"
+        devices.append(api.DeviceSpec(container_path=node, host_path=str(host)))
+    given = api.ContainerAllocateResponse(devices=devices, **answer)
+    return tt.Holding(pod, resource, frozenset(ids), given)
+
+
+# What a container was given of the first card: a path, its N inside, and what else.
+@rows(
+    "path, inside, also, why",
+    """
+    its node is as before       1             1
+    its link, another N inside  by-id/FIRST   0  -
+    ... and huge pages          by-id/FIRST   0  pages  both would use the same huge
+    huge pages, N as before     by-id/FIRST   1  pages
+    ... and a CDI name          by-id/FIRST   0  cdi    the CDI name that the Pod was
+    a CDI name, N as before     by-id/FIRST   1  cdi
+    another card's node         0             0  -      it was /dev/tenstorrent/0 when
+    another card's link         by-id/SECOND  0  -      it was /dev/tenstorrent/by-id/
+    a node that is gone         7             7  -      it was /dev/tenstorrent/7 when
+    a link that is gone         by-id/NOBODY  0  -      it was /dev/tenstorrent/by-id/
+    another maker's device      /dev/nvidia0  1
+    """,
+)
+def test_what_was_given_must_still_be_right(
+    swapped: Tree, path: str, inside: str, also: str, why: str
+) -> None:
+    """Each thing that would be wrong in the container keeps it from starting."""
+    path = path.replace("FIRST", FIRST.id).replace("SECOND", SECOND.id)
+    answer: dict[str, Any] = {}
+    if also == "pages":
+        answer["mounts"] = [api.Mount(host_path="/dev/hugepages-1G")]
+    if also == "cdi":
+        answer["cdi_devices"] = [api.CDIDevice(name="tenstorrent.com/card=0")]
+    own = held(R150, FIRST.id, pod="own", paths=[path], inside=inside, **answer)
+
+    snapshot = snapshot_of(swapped)
+    cards = [snapshot.of(R150)[FIRST.id]]
+    problem = tt.find_conflict(discovery_of(swapped), snapshot, R150, cards, [own])
+    assert (why in problem) if why else (problem == ""), problem
+
+
+def test_each_card_must_still_be_right(swapped: Tree) -> None:
+    """Of several, the one that is wrong is found, whichever container holds it."""
+    snapshot = snapshot_of(swapped)
+    cards = [*snapshot.of(R150).values()]
+    good = held(R150, FIRST.id, paths=["1"], inside="1")
+    bad = held(R150, SECOND.id, paths=["1"], inside="1")
+    for record in ([good, bad], [bad, good]):
+        problem = tt.find_conflict(discovery_of(swapped), snapshot, R150, cards, record)
+        assert problem.startswith(f"card {SECOND.id} (n150, /dev/tenstorrent/0): it ")
+
+
+# ---- The kubelet's own record: who holds a card ----
+
+P150 = replace(FIRST, arch="blackhole", card_type="p150a")
+P150_RESOURCE = "tenstorrent.com/p150"
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "resource"),
+    [
+        (P150, ["--variants"], "tenstorrent.com/p150a"),
+        (P150, ["--resource-domain=example.com"], "example.com/p150"),
+        (replace(P150, asic_id=""), [], P150_RESOURCE),
+    ],
+    ids=["--variants", "--resource-domain", "ASIC id"],
+)
+def test_a_card_under_another_name_does_not_go_to_a_second_pod(
+    kubelet: Kubelet,
+    tree: Tree,
+    launch: Launch,
+    before: Chip,
+    flags: list[str],
+    resource: str,
+) -> None:
+    """A flag was changed, or the driver has learned the ASIC id."""
+    tree.add(before)
+    kubelet.start()
+    plugin = launch(tree, kubelet)
+    kubelet.wait_status(P150_RESOURCE, 1, 1)
+    (name,) = kubelet.admit("old", {P150_RESOURCE: 1})["ids"][P150_RESOURCE]
+    plugin.end()
+    tree.set(before.pci, "tt_asic_id", P150.asic_id)
+    mark = kubelet.log.mark()
+    launch(tree, kubelet, *flags)
+    kubelet.wait_status(resource, 1, 1, after=mark)
+    kubelet.admit("new", {resource: 1})
+    words = f"Pod old holds it as {name} of {P150_RESOURCE}, by the kubelet's record"
+    with refused("FAILED_PRECONDITION", f"card {P150.id} ", words):
+        kubelet.start_container("new")
+
+
+def give_card_by_another_plugin(
+    kubelet: Kubelet, puppets: Puppets, pod: str, number: int
+) -> None:
+    """A Pod gets N = `number`, under that ID, from a plugin that ends then."""
+    node = f"/dev/tenstorrent/{number}"
+    device_spec = {"container_path": node, "host_path": node, "permissions": "rw"}
+    plugin = puppets(R150)
+    plugin.answers["Allocate"] = {"container_responses": [{"devices": [device_spec]}]}
+    plugin.register()
+    plugin.send(device(str(number)))
+    kubelet.admit(pod, {R150: 1})
+    plugin.close()
+
+
+@both_generations
+def test_a_card_of_another_plugins_pod_waits_for_its_end(
+    kubelet: Kubelet, two: Tree, launch: Launch, puppets: Puppets
+) -> None:
+    """The kubelet forgets an ended Pod when it admits one (kubelet contract 8)."""
+    kubelet.start()
+    give_card_by_another_plugin(kubelet, puppets, "old", 0)
+    launch(two, kubelet, offers=2)
+    kubelet.admit("new", {R150: 1}, {R150: [FIRST.id]})
+    kubelet.admit("beside", {R150: 1}, {R150: [SECOND.id]})
+    kubelet.start_container("beside")
+    words = (f"card {FIRST.id} ", f"Pod old holds it as 0 of {R150}", "delete this one")
+    with refused("FAILED_PRECONDITION", *words):
+        kubelet.start_container("new")
+    kubelet.end_pod("old")
+    with refused("FAILED_PRECONDITION", *words):
+        kubelet.start_container("new")
+
+    kubelet.end_pod("new")
+    kubelet.admit("newer", {R150: 1}, {R150: [FIRST.id]})
+    kubelet.start_container("newer")
+
+
+def test_containers_of_one_pod_share_cards(kubelet: Kubelet, plugin: Plugin) -> None:
+    """An init container may have had more of them (kubelet contract 8)."""
+    ids = kubelet.admit("pod", {R150: 2}, container="init")["ids"][R150]
+    kubelet.admit("pod", {R150: 1}, {R150: ids[:1]})
+    for _ in range(2):
+        kubelet.start_container("pod", "init")
+        kubelet.start_container("pod")
+
+
+# A container of another Pod: what it holds under another resource, the paths that it
+# was given, the PCI addresses in its environment.
+@rows(
+    "ids, paths, addresses, holds",
+    """
+    by its ID                      FIRST         0             -            yes
+    by its PCI address             0000:01:00.0  7             -            yes
+    another card that is there     SECOND        1             -            no
+    another that has gone          THIRD         7             -            no
+    its node, by another plugin    0             1             -            yes
+    its link, by another plugin    0             by-id/FIRST   -            yes
+    another's node                 0             0             -            no
+    both nodes                     0 1           0 1           -            yes
+    no card of Tenstorrent's       GPU-1         /dev/nvidia1  -            no
+    an ID of earlier, its address  p300-1        0             FIRST        yes
+    ... as one of two addresses    p300-1        0             FIRST SECOND  yes
+    ... another's address          p300-1        1             SECOND       no
+    """,
+)
+def test_who_holds_a_card(
+    swapped: Tree, ids: str, paths: str, addresses: str, holds: str
+) -> None:
+    """By an ID of its hardware; else by the addresses in the answer; else by paths."""
+    names = {"FIRST": FIRST, "SECOND": SECOND, "THIRD": THIRD}
+    envs = {"PATH": FIRST.pci}
+    if addresses != "-":
+        found = [names[word].pci for word in addresses.split()]
+        envs["PCIDEVICE_X"] = ",".join(found)
+    other = held(
+        "example.com/x",
+        *[names[word].id if word in names else word for word in ids.split()],
+        paths=[path.replace("FIRST", FIRST.id) for path in paths.split()],
+        envs=envs,
+    )
+    snapshot = snapshot_of(swapped)
+    cards = [snapshot.of(R150)[FIRST.id]]
+    problem = tt.find_conflict(discovery_of(swapped), snapshot, R150, cards, [other])
+    assert ("Pod other holds it as" in problem) == (holds == "yes"), problem
+
+
+def test_a_chip_of_a_card_is_held_by_its_own_id(workdir: Path) -> None:
+    """As long as a driver did not know that two chips are one card."""
+    tree = Tree(workdir, P300)
+    snapshot = snapshot_of(tree)
+    (card,) = snapshot.cards
+    assert card.resource
+    for chip in P300:
+        other = held("tenstorrent.com/blackhole", chip.id)
+        problem = tt.find_conflict(
+            discovery_of(tree), snapshot, card.resource, [card], [other]
+        )
+        assert f"Pod other holds it as {chip.id} of " in problem
+
+
+def test_what_is_no_conflict(swapped: Tree) -> None:
+    """The kubelet itself keeps one ID of one resource from two Pods.
+
+    A Pod that has ended may still be in the record with it, and a Pod may hold a card
+    under two resources.
+    """
+    snapshot = snapshot_of(swapped)
+    cards = [snapshot.of(R150)[FIRST.id]]
+    own = held(R150, FIRST.id, pod="own")
+    ended = held(R150, FIRST.id, pod="ended")
+    twice = held(R300, FIRST.id, pod="own")
+    for record in ([], [own], [own, ended], [twice, own]):
+        problem = tt.find_conflict(discovery_of(swapped), snapshot, R150, cards, record)
+        assert problem == ""
+    problem = tt.find_conflict(discovery_of(swapped), snapshot, R150, cards, [twice])
+    assert "Pod own holds it" in problem
+
+
+# ---- The kubelet's own record: reading it ----
+
+
+@pytest.mark.parametrize(
+    "ids", [{"-1": ["a", "b"]}, {"0": ["a", "b"], "1": ["b"]}, ["a", "b"]]
+)
+def test_records_of_all_kubelets_are_read(tmp_path: Path, ids: object) -> None:
+    """IDs are listed by NUMA node, and before 1.20 without."""
+    answer = api.ContainerAllocateResponse(envs={"A": "b"})
+    entry = {
+        "PodUID": "other",
+        "ContainerName": "main",
+        "ResourceName": R150,
+        "DeviceIDs": ids,
+        "AllocResp": base64.b64encode(answer.SerializeToString()).decode(),
+    }
+    record = {"Data": {"PodDeviceEntries": [entry]}, "Checksum": 1}
+    path = tmp_path / "record"
+    path.write_text(json.dumps(record))
+    assert tt.read_record(path) == [held(R150, "a", "b", envs={"A": "b"})]
+
+
+def test_a_record_may_be_empty(tmp_path: Path) -> None:
+    """Go writes an empty list as null."""
+    path = tmp_path / "record"
+    path.write_text('{"Data": {"PodDeviceEntries": null}, "Checksum": 1}')
+    assert tt.read_record(path) == []
+    entry = {"PodUID": "other", "ResourceName": R150, "DeviceIDs": None}
+    data = {"PodDeviceEntries": [{**entry, "AllocResp": None}]}
+    path.write_text(json.dumps({"Data": data}))
+    assert tt.read_record(path) == [held(R150)]
+
+
+NO_RECORDS = {
+    "No such file": None,
+    "line 1 column 1 ": b"",
+    "Unterminated string": b'{"Data": {"PodDev',
+    "KeyError": b'{"Data": {"Pods": []}}',
+    "TypeError": b'{"Data": []}',
+    "decode byte": b"\xff",
+}
+
+
+def test_a_record_that_cannot_be_read_refuses_nothing(
+    kubelet: Kubelet, plugin: Plugin
+) -> None:
+    """It is logged once, and so is its return."""
+    kubelet.admit("pod", {R150: 1})
+    for why, data in NO_RECORDS.items():
+        kubelet.checkpoint.unlink()
+        if data is not None:
+            kubelet.checkpoint.write_bytes(data)
+        for _ in range(2):
+            kubelet.start_container("pod")
+        plugin.wait_for_line(f"cannot read {kubelet.checkpoint}: .*{why}")
+        kubelet.checkpoint.touch()
+    assert len(plugin.lines("cannot read")) == len(NO_RECORDS)
+
+    kubelet.admit("another", {R150: 1})  # which writes the record anew
+    for _ in range(2):
+        kubelet.start_container("pod")
+    plugin.wait_for_line(f"{kubelet.checkpoint} can be read again")
+    assert len(plugin.lines("can be read again")) == 1
+
+
+def test_a_record_that_hangs_holds_up_no_call(
+    kubelet: Kubelet, plugin: Plugin, bound: Bound
+) -> None:
+    """Only the container that starts waits for it."""
+    text = kubelet.checkpoint.read_text()
+    kubelet.checkpoint.unlink()
+    os.mkfifo(kubelet.checkpoint)
+    request = api.PreStartContainerRequest(devices_ids=IDS[:1])
+    with dial(kubelet) as channel:
+        call = send(channel, request.SerializeToString(), "PreStartContainer")
+        with open(kubelet.checkpoint, "w") as record:  # waits for a read
+            began = time.monotonic()
+            assert kubelet.allocate(R150, IDS)["devices"]
+            bound("Allocate while the record hangs", time.monotonic() - began, 0.05)
+            assert not call.done()
+            record.write(text)
+        assert call.code().name == "OK"
+    assert not plugin.lines("cannot read")
+
+
+@long_only
+def test_a_record_that_hangs_refuses_nothing(kubelet: Kubelet, plugin: Plugin) -> None:
+    """It is waited for, for 5 s: the kubelet gives up after 30 s."""
+    kubelet.admit("pod", {R150: 1})
+    kubelet.checkpoint.unlink()
+    os.mkfifo(kubelet.checkpoint)
+    kubelet.start_container("pod")
+    plugin.wait_for_line("cannot read .*: it takes too long")
 
 
 # ==== Appendix A. Preferred allocation ================================================
