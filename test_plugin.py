@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import calendar
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -29,15 +31,18 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from resource import RLIMIT_NOFILE, prlimit
+from typing import Any, NamedTuple
 
 import grpc.aio
 import hypothesis
@@ -124,344 +129,7 @@ def summary(snapshot: tt.Snapshot) -> str:
     return re.sub(r"([0-9A-F])\1{15}", r"\1", text)
 
 
-# ==== Section 3. Discovery: what sysfs says of chips ==================================
-
-UNIDENTIFIED = tt.Chip(FIRST.pci, 0)  # the first chip before it is identified
-UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
-NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
-# What no ASIC id or serial looks like: a dead bus, empty fuses, lower case, too short.
-NO_ID = ("F" * 16, "0" * 16, "0d0cb6f1e7a50001", "D0CB6F1E7A50001")
-
-
-@contextlib.contextmanager
-def just_before(
-    function: Any, do: Callable[[int], object], error: int = 0
-) -> Iterator[None]:
-    """Run do(0), do(1) and so on just before this thread calls a built-in function.
-
-    With `error` the call then fails with it, as only drivers make it fail.
-    """
-    calls = itertools.count()
-
-    def profile(frame: object, event: str, called: object) -> None:
-        if event == "c_call" and called is function:
-            do(next(calls))
-            if error:
-                raise OSError(error, "")
-
-    sys.setprofile(profile)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-
-
-@rows(
-    "file, fact, why_unknown, without_file",
-    """
-    card type      tt_card_type             card_type  pending       pending
-    ASIC id        tt_asic_id               asic_id    unidentified
-    serial         tt_serial                serial
-    firmware       tt_fw_bundle_ver         firmware
-    device number  dev                      dev        pending       pending
-    architecture   device/device            arch       unidentified  unidentified
-    IOMMU          device/iommu_group/type  iommu
-    NUMA node      device/numa_node         numa_node
-    """,
-)
-def test_each_fact_of_a_chip_is_one_file(
-    workdir: Path, file: str, fact: str, why_unknown: str, without_file: str
-) -> None:
-    """A file that is missing or makes no sense costs its fact only.
-
-    Of ASIC ids it is known where there are none: such a chip goes by its PCI address.
-    """
-    tree = Tree(workdir, [FIRST])
-    whole = tt.Chip(
-        FIRST.pci,
-        0,
-        dev="1:3",
-        arch="wormhole",
-        card_type="n150",
-        asic_id=FIRST.asic_id,
-        serial=FIRST.serial,
-        firmware="80.17.0.0",
-        numa_node=0,
-        iommu="DMA-FQ",
-        unknown="",
-    )
-    read = functools.partial(inventory_of(tree).discovery.read, UNIDENTIFIED)
-    assert read() == (whole, tt.Reading(1_000_000))
-
-    lacking: dict[str, Any] = {fact: getattr(UNIDENTIFIED, fact)}
-    reading = tt.Reading(1_000_000, "no-node" if file == "dev" else "")
-    path = tree.entry(FIRST.pci) / file
-    for text in NONSENSE + NO_ID * (file in ("tt_asic_id", "tt_serial")):
-        path.unlink()
-        if text == UNREADABLE:
-            path.symlink_to(UNREADABLE)
-        else:
-            tree.set(FIRST.pci, file, text.encode("latin-1"))
-        assert read() == (replace(whole, **lacking, unknown=why_unknown), reading), text
-    path.unlink()
-    assert read() == (replace(whole, **lacking, unknown=without_file), reading)
-
-
-@rows(
-    "text, heartbeat, fault, detail",
-    """
-    it beats           5            5           -           -
-    no such file       -            -           -           ENOENT
-    all ones           4294967295   4294967295  bus-dead    -
-    no number          N/A          -           unreadable  not a number
-    11 digits          10000000000  -           unreadable  not a number
-    a policy's EACCES  EACCES       -           unreadable  EACCES
-    in a reset         ENODATA      -           resetting   ENODATA
-    detached           ENODEV       -           gone        ENODEV
-    """,
-)
-def test_what_a_heartbeat_says(
-    workdir: Path, text: str, heartbeat: str, fault: str, detail: str
-) -> None:
-    """A device node that is missing, or another device, is told after what is worse."""
-    tree = Tree(workdir, [FIRST])
-    error = getattr(errno, text, 0)
-    fault = fault.strip("-")
-    if not error:
-        tree.set(FIRST.pci, "tt_heartbeat", text.strip("-") or None)
-    discovery = inventory_of(tree).discovery
-    chip = replace(UNIDENTIFIED, dev="1:3")
-    for node in ("/dev/null", "/dev/zero", "/dev", "nowhere"):
-        relink(tree.node(FIRST.pci), node)
-        found = fault
-        if node != "/dev/null" and fault in ("", "unreadable"):
-            found = "no-node"
-        beat = None if heartbeat == "-" else int(heartbeat)
-        expected = (beat, found, detail.strip("-"))
-        with just_before(os.read, bool, error):
-            assert discovery.read_health(chip) == expected
-
-
-def test_a_folder_is_no_device_node(workdir: Path) -> None:
-    """Even where it has the device number of the chip."""
-    assert not tt.is_device_node(str(workdir), "0:0")
-
-
-def test_a_late_asic_id_is_waited_for(workdir: Path) -> None:
-    """The driver makes its files one after another: the type may be there first."""
-    tree = Tree(workdir, [replace(FIRST, asic_id="")])
-    path = tree.entry(FIRST.pci) / "tt_asic_id"
-
-    def appear(call: int) -> None:
-        if call == 2:
-            path.write_text("A" * 16)
-
-    with just_before(os.open, appear):
-        chip, _ = inventory_of(tree).discovery.read(UNIDENTIFIED)
-    assert chip.card_id == "wormhole-" + "A" * 16
-
-
-def test_an_identified_chip_has_one_file_read(workdir: Path) -> None:
-    """Its heartbeat, nothing else: before driver 2.7 a read could oops the kernel."""
-    tree = Tree(workdir, [FIRST])
-    discovery = inventory_of(tree).discovery
-    chip, _ = discovery.read(UNIDENTIFIED)
-    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
-    opened = list[int]()
-    open_files = len(os.listdir("/proc/self/fd"))
-    with just_before(os.open, opened.append):
-        again, _ = discovery.read(chip)
-    assert again == chip
-    assert opened == [0]
-    assert len(os.listdir("/proc/self/fd")) == open_files
-
-
-def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
-    """Not while the bus is dead, which shows none."""
-    tree = Tree(workdir, [FIRST])
-    discovery = inventory_of(tree).discovery
-    chip, _ = discovery.read(UNIDENTIFIED)
-    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
-    with just_before(os.read, bool, errno.ENODATA):
-        resetting, _ = discovery.read(chip)
-    assert resetting == replace(chip, firmware="")
-    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
-    assert discovery.read(resetting)[0] == resetting
-    tree.set(FIRST.pci, "tt_heartbeat", "5")
-    assert discovery.read(resetting)[0] == replace(chip, firmware="80.18.0.0")
-
-
-def test_a_chip_that_was_probed_anew_is_identified_anew(workdir: Path) -> None:
-    """It is told by the inode of its folder, whose times sysfs makes up."""
-    tree = Tree(workdir, [FIRST])
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    before = inventory.snapshot.cards
-    entry = tree.entry(FIRST.pci)
-    tree.set(FIRST.pci, "tt_serial", "A" * 16)
-    os.utime(entry, (1, 1))
-    inventory.poll(1.0)
-    assert inventory.snapshot.cards == before
-
-    shutil.copytree(entry, tree.drafts / "new", symlinks=True)
-    entry.rename(tree.drafts / "old")
-    (tree.drafts / "new").rename(entry)
-    inventory.poll(2.0)
-    (card,) = inventory.snapshot.cards
-    assert card.chips[0].serial == "A" * 16
-
-
-def test_what_in_the_class_is_a_chip(workdir: Path) -> None:
-    """An entry of the driver's form that leads to a PCI function, wherever it is."""
-    tree = Tree(workdir, [FIRST])
-    folder = tree.sys / "class/tenstorrent"
-    bridges = ("pci10000:40", "10000:40:01.1", "10000:41:00.0")
-    below = tree.sys.joinpath("devices", *bridges, "10000:42:00.0")
-    below.mkdir(parents=True)
-    for name in (
-        "by-id",
-        *(f"tenstorrent!{n}" for n in ("", "x", "00", "0x", "1" * 7)),
-    ):
-        (folder / name).symlink_to(tree.entry(FIRST.pci))
-    (folder / "tenstorrent!2").symlink_to("nowhere")
-    for index, target in enumerate((str(below), "device", "/", ".."), start=13):
-        (folder / f"tenstorrent!{index}").mkdir()
-        (folder / f"tenstorrent!{index}/device").symlink_to(target)
-    found = inventory_of(tree).discovery.chips()
-    assert sorted((chip.index, chip.pci, chip.pci_path) for chip in found) == [
-        (0, FIRST.pci, ("pci0000:01",)),
-        (13, "10000:42:00.0", bridges),
-    ]
-
-
-def test_a_class_that_cannot_be_listed_is_an_error(workdir: Path) -> None:
-    """It is not taken for a node without cards."""
-    tree = Tree(workdir, [FIRST])
-    shutil.rmtree(tree.sys / "class")
-    (tree.sys / "class").symlink_to("class")
-    with pytest.raises(OSError, match="symbolic links"):
-        inventory_of(tree).discovery.chips()
-
-
-def test_pci_functions_without_a_class_device_are_listed(workdir: Path) -> None:
-    """With the driver that has them, and not offered.
-
-    One that the right driver has is pending: it is bound a moment before the device
-    node is there.
-    """
-    tree = Tree(workdir, N150)
-    tree.remove(SECOND.pci, driver="vfio-pci")
-    tree.remove(THIRD.pci, driver="tenstorrent")
-    tree.remove(FOURTH.pci, driver="x")
-    (tree.pci(FOURTH.pci) / "driver").unlink()
-    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
-    snapshot = inventory_of(tree).poll(0.0)
-    assert summary(snapshot) == (
-        f"n150 {FIRST.id} 0 +ok, - 0000:02:00.0  ?no-driver, "
-        "- 0000:41:00.0  ?pending, - 0000:c1:00.0  ?no-driver"
-    )
-    _, vfio, _, none = snapshot.cards
-    assert " is vfio-pci, not" in vfio.verdict.reason
-    assert " is none, not" in none.verdict.reason
-    assert vfio.chips[0].arch == "wormhole"
-
-
-def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
-    """A card comes, and no driver takes it: no class device has come or gone."""
-    tree = Tree(workdir, [FIRST])
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
-    tree.write(tree.sys / "bus/pci/devices/0000:98:00.0/vendor", "0x1e52\n")
-    inventory.poll(1.0)
-    assert inventory.snapshot.driver == "2.11.0"
-    expected = f"n150 {FIRST.id} 0 +ok, - 0000:98:00.0  ?no-driver"
-    assert summary(inventory.snapshot) == expected
-
-
-# ==== Section 4. Health: README's table, row by row ===================================
-
-NOT_IDENTIFIED = ("pending", "unidentified")  # why a chip may not be known
-FACTS = ("detail", "here", "missing", "driver")  # what reasons have beside the chip
-
-
-# A poll is: the time, what is read, and the kind of the verdict, "=" for the fault that
-# is read. What is read is a heartbeat, "-" for no file, a fault (with the heartbeat
-# after "/" if one is read, too), or why the chip is not identified.
-@rows(
-    "polls",
-    """
-    it changes, or begins anew     0 4294967294 ok, 1 0 ok, 99 7 ok, 200 3 ok
-    no file                        0 - ok, 50 - ok, 99 - ok, 999 - ok
-    gone until it is back          0 1 ok, 1 gone =, 99 gone =, 100 1 ok,\
- 101 - gone, 102 1 ok
-    hung: equal for over 12 s      0 1 ok, 4 1 ok, 8 1 ok, 12 1 ok, 12.1 1 hung,\
- 99 1 hung
-    ... and in 3 reads             0 1 ok, 30 1 ok, 31 1 ok, 32 1 hung
-    ... until 2 changes            0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
- 15 2 hung, 16 3 ok
-    ... and again                  0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
- 15 2 hung, 16 2 hung, 27 2 hung, 28 3 hung, 29 4 ok
-    ... and its files go           0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 - gone,\
- 15 2 hung
-    SIGSTOP is no silence          0 1 ok, 1 1 ok, 600 1 ok, 600.1 2 ok, 601 2 ok
-    a reset until 1 change after   0 1 ok, 1 resetting =, 2 7 resetting,\
- 3 7 resetting, 4 8 ok
-    ... then its files go          0 1 ok, 1 resetting =, 2 - resetting,\
- 3 1 resetting, 4 - gone
-    ... ends a hang                0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 resetting =,\
- 15 2 resetting, 16 3 ok
-    a dead bus until 1 change      0 1 ok, 1 bus-dead/4294967295 =, 2 1 bus-dead, 3 2 ok
-    no device node                 0 1 ok, 1 no-node/2 =, 14 no-node/3 =, 15 4 ok
-    ... while it hangs             0 1 ok, 4 1 ok, 8 1 ok, 13 no-node/1 =, 14 1 hung
-    a read hangs until it returns  0 1 ok, 2 read-hangs =, 99 read-hangs =, 100 1 ok
-    ... is no equal read           0 1 ok, 1 1 ok, 2 read-hangs =, 99 1 ok, 99.1 1 hung
-    not readable is not dead       0 1 ok, 1 unreadable =, 9 unreadable =,\
- 99 unreadable =, 100 1 ok
-    ... nor healed                 0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung,\
- 14 unreadable hung, 15 3 hung, 16 4 ok
-    no telemetry for 130 s         0 pending =, 130 pending =,\
- 130.1 pending no-telemetry, 132 1 ok
-    ... and a dead bus             0 bus-dead/4294967295 =, 200 pending no-telemetry
-    not identified                 0 unidentified =, 999 unidentified =, 1000 1 ok
-    ... and hung                   0 1 ok, 1 1 ok, 2 1 ok, 13 1 hung,\
- 14 unidentified/2 =, 15 2 hung
-    """,
-)
-def test_health_from_poll_to_poll(polls: str) -> None:
-    """README's table "Health", in both directions."""
-    history = tt.HealthHistory(1e6)
-    for poll in polls.split(", "):
-        now, seen, kind = poll.split()
-        fault = ""
-        heartbeat = seen
-        if seen[0].isalpha():
-            fault, _, heartbeat = seen.partition("/")
-        why = fault if fault in NOT_IDENTIFIED else ""
-        chip = replace(UNIDENTIFIED, unknown=why)
-        beat = int(heartbeat) if heartbeat.isdigit() else None
-        reading = tt.Reading(beat, "" if why else fault)
-        verdict = history.update(chip, reading, 1e6 + float(now))
-        assert verdict.kind == (fault if kind == "=" else kind), f"at {now}"
-
-
-@rows(
-    "health, kinds",
-    """
-    healthy      Healthy    ok unreadable
-    not offered  pending    pending no-telemetry unidentified half same-id no-driver
-    unhealthy    Unhealthy  gone resetting bus-dead no-node hung read-hangs
-    """,
-)
-def test_health_of_each_kind(health: str, kinds: str) -> None:
-    """A kind of verdict has one health, if its card was never offered."""
-    facts: dict[str, Any] = {"chip": FIRST, **dict.fromkeys(FACTS, "x")}
-    for kind in kinds.split():
-        verdict = tt.make_verdict(kind, **facts) if kind != "ok" else tt.Verdict()
-        assert verdict.health == health, kind
-
-
-# ==== Section 5. Cards: no chip under two IDs; what becomes of a card =================
+# ==== Section 5. Cards: chips -> cards -> the next snapshot; who reads and polls ======
 
 
 def make_chip(
@@ -522,7 +190,7 @@ NODE = [
     )
 ]
 # What files say while a chip fails, is reset, or (the last) starts. The ASIC id comes
-# with the type (test_a_late_asic_id_is_waited_for), and a type is known if the serial
+# with the type (test_the_files_may_come_one_by_one), and a type is known if the serial
 # is.
 WRONG: list[dict[str, Any]] = [
     {},
@@ -534,7 +202,10 @@ WRONG: list[dict[str, Any]] = [
 # A chip in one poll: away (None), or which of WRONG it is (mostly none), with a fault.
 SEEN_AS = st.sampled_from((0, 0, 0, 0, *range(len(WRONG))))
 FAULTS = st.sampled_from(
-    ("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs", "unreadable")
+    (
+        *("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs"),
+        *("unreadable", "no-heartbeat"),
+    )
 )
 STATE = st.none() | st.tuples(SEEN_AS, FAULTS)
 # A poll: whether the plugin has just been started, how far chips have moved, all
@@ -543,24 +214,33 @@ POLL = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NODE
 NOTHING_WRONG = (False, 0, [(0, "")] * len(NODE))
 
 
-@pytest.fixture
-def identified(workdir: Path) -> list[list[tt.Chip]]:
+@pytest.fixture(scope="module")
+def identified(tmp_path_factory: pytest.TempPathFactory) -> list[list[tt.Chip]]:
     """What discovery makes of NODE's chips if all are wrong in one way: each way."""
-    chips = [tt.Chip(chip.pci, chip.index) for chip, _ in NODE]
+    folder = tmp_path_factory.mktemp("wrong")
     found = []
     with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
         for number, wrong in enumerate(WRONG):
-            tree = Tree(
-                workdir / f"{number}", [replace(chip, **wrong) for chip, _ in NODE]
-            )
-            found.append(list(pool.map(inventory_of(tree).discovery.identify, chips)))
+            chips = [replace(chip, **wrong) for chip, _ in NODE]
+            discovery = inventory_of(Tree(folder / f"{number}", chips)).discovery
+            there = [discovery.chip_at(chip.index) for chip in chips]
+            found.append([chip for chip, _ in pool.map(discovery.read, there)])
     return found
+
+
+class Step(NamedTuple):
+    """One poll, and what came of it."""
+
+    old: tt.Snapshot
+    judged: list[tt.JudgedChip]
+    owners: dict[str, str]  # PCI address -> the card in NODE whose chip is there
+    new: tt.Snapshot
 
 
 def judge_poll(
     identified: list[list[tt.Chip]], shift: int, states: Sequence[Any], now: float
-) -> tuple[list[tt.Judged], dict[str, str]]:
-    """What is judged in one poll, and whose chip is at which PCI address."""
+) -> tuple[list[tt.JudgedChip], dict[str, str]]:
+    """What is judged in one poll, and the owners."""
     poll = []
     owners = {}
     for number, state in enumerate(states):
@@ -569,57 +249,98 @@ def judge_poll(
             pci = f"0000:{(number + shift) % len(NODE):02x}:00.0"
             chip = identified[seen_as][number]
             chip = replace(chip, pci=pci, index=number ^ shift)
-            verdict = tt.HealthHistory(0.0).update(chip, tt.Reading(1, fault), now)
-            poll.append((chip, verdict))
+            reading = tt.Reading(1, fault, changed=True)
+            history = tt.HealthHistory(0.0)
+            history.observe(reading, now)
+            poll.append(tt.JudgedChip(chip, history.verdict(chip, reading, now)))
             _, owners[pci] = NODE[number]
     return poll, owners
 
 
-@hypothesis.settings(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-@given(
-    polls=st.lists(POLL, min_size=1, max_size=6),
-    order=st.randoms(use_true_random=False),
-)
-@hypothesis.example(  # halves without a serial
-    polls=[(False, 0, [(-2, "")] * 2)], order=random.Random(0)
-)
-def test_no_chip_is_healthy_under_two_ids(
-    identified: list[list[tt.Chip]], polls: list[Any], order: random.Random
-) -> None:
-    """Whatever chips do, and if the plugin forgets all.
-
-    A Healthy card has its hardware's name and all its chips. What was offered stays, no
-    chip is left out, and the order of reading means nothing.
-    """
+def take_steps(identified: list[list[tt.Chip]], polls: list[Any]) -> Iterator[Step]:
+    """The steps of these polls, and one in which nothing is wrong any more."""
     snapshot = tt.Snapshot()
     for now, (restarted, shift, states) in enumerate([*polls, NOTHING_WRONG]):
         old = tt.Snapshot() if restarted else snapshot
         poll, owners = judge_poll(identified, shift, states, now)
         snapshot = tt.next_snapshot(old, poll, tt.Settings(), now)
-        shuffled = order.sample(poll, len(poll))
-        assert snapshot == tt.next_snapshot(old, shuffled, tt.Settings(), now)
-        names = [" ".join(card.split()[:2]) for card in summary(snapshot).split(", ")]
-        for card, name in zip(snapshot.cards, names, strict=False):
+        yield Step(old, poll, owners, snapshot)
+
+
+def name_of(card: tt.Card) -> str:
+    """Its resource and ID, as in NODE."""
+    resource, card_id, *_ = summary(tt.Snapshot((card,))).split(" ")
+    return f"{resource} {card_id}"
+
+
+def whatever_chips_do(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on all sorts of polls. In between, the plugin may be restarted."""
+    no_checks = list(hypothesis.HealthCheck)
+    settings = hypothesis.settings(deadline=None, suppress_health_check=no_checks)
+    two_halves_without_a_serial = [(-2, "")] * 2
+    example = hypothesis.example(polls=[(False, 0, two_halves_without_a_serial)])
+    return settings(example(given(polls=st.lists(POLL, min_size=1, max_size=6))(test)))
+
+
+@whatever_chips_do
+def test_no_chip_is_healthy_under_two_ids(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """A Healthy card has its hardware's name and all its chips, at all times."""
+    for step in take_steps(identified, polls):
+        for card in step.new.cards:
             if card.verdict.health == "Healthy":
                 size = 2 if card.model == "p300" else 1
-                assert [owners.get(chip.pci) for chip in card.chips] == [name] * size
-        ids = {card.id for card in snapshot.cards}
-        assert len(ids) == len(snapshot.cards)
-        assert ids >= {card.id for card in old.cards if card.resource}
-        listed = {chip.pci for card in snapshot.cards for chip in card.chips}
-        assert listed >= owners.keys()
-    well = {
-        name
-        for card, name in zip(snapshot.cards, names, strict=True)
-        if card.verdict.kind == "ok"
-    }
+                owners = [step.owners.get(chip.pci) for chip in card.chips]
+                assert owners == [name_of(card)] * size
+
+
+@whatever_chips_do
+def test_each_chip_is_listed_once(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """No two cards have one ID, and each chip is in one."""
+    for step in take_steps(identified, polls):
+        ids = [card.id for card in step.new.cards]
+        assert len(set(ids)) == len(ids)
+        listed = {chip.pci for card in step.new.cards for chip in card.chips}
+        assert listed >= step.owners.keys()
+
+
+@whatever_chips_do
+def test_what_was_offered_stays(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """Under its ID and resource, until the plugin is restarted."""
+    for step in take_steps(identified, polls):
+        offered = {(card.id, card.resource) for card in step.old.cards if card.resource}
+        assert offered <= {(card.id, card.resource) for card in step.new.cards}
+
+
+@whatever_chips_do
+def test_the_order_of_reading_means_nothing(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """Chips are found and read in any order."""
+    for now, step in enumerate(take_steps(identified, polls)):
+        backwards = step.judged[::-1]
+        assert step.new == tt.next_snapshot(step.old, backwards, tt.Settings(), now)
+
+
+@whatever_chips_do
+def test_all_is_well_when_nothing_is_wrong_any_more(
+    identified: list[list[tt.Chip]], polls: list[Any]
+) -> None:
+    """No card keeps anything of what was wrong."""
+    *_, last = take_steps(identified, polls)
+    well = {name_of(card) for card in last.new.cards if card.verdict.kind == "ok"}
     assert well == {name for _, name in NODE} - {NOT_PAIRED}
 
 
 WORD = re.compile(r"(.)(?:@(.))?(?:/(..))?(\??)=?(.*)")
 
 
-def judged(word: str) -> tt.Judged:
+def judged(word: str) -> tt.JudgedChip:
     """A chip in one poll, by its letter in CHIPS and how it differs from there.
 
     "@5" is its N, "/09" its bus; "?" if it is not identified; "=hung" the kind.
@@ -627,13 +348,13 @@ def judged(word: str) -> tt.Judged:
     match = WORD.fullmatch(word)
     assert match
     letter, index, bus, unknown, kind = match.groups(default="")
-    chip = CHIPS[letter]
+    chip = replace(CHIPS[letter], unidentified="")
     if unknown:
-        chip = replace(chip, arch="", card_type="", asic_id="")
         kind = kind or "pending"
+        chip = replace(chip, arch="", card_type="", asic_id="", unidentified="pending")
     pci = f"0000:{bus}:00.0" if bus else chip.pci
-    chip = replace(chip, pci=pci, index=int(index or chip.index), unknown=unknown)
-    return chip, tt.make_verdict(kind, chip=chip, detail="") if kind else tt.Verdict()
+    chip = replace(chip, pci=pci, index=int(index or chip.index))
+    return tt.JudgedChip(chip, tt.make_verdict(kind or "ok", chip=chip, detail=""))
 
 
 # Polls are separated by ";". What is expected is the summary of the last one, and what
@@ -644,16 +365,22 @@ def judged(word: str) -> tt.Judged:
     """
     a p300 is one card  a b                      p300 P300 0,1 +ok  ^ since 0$
     half a p300 is no card      a                - P300 0 ?half\
-  only 0000:03.*: the other one
+  only 0000:03.*; the other one is missing
+    ... the other not known     a b?             - P300 0 ?half,\
+ - 0000:04:00.0 1 ?pending  ; the other one may be 0000:04.*, which is not id
     it loses a half             a b; a           p300 P300 0,1 -half\
-  only 0000:03.*: 0000:04
+  only 0000:03.*; the other one, 0000:04.*, is missing
     ... then the other          a b; a; b        p300 P300 0,1 -half\
-  only 0000:04.*: 0000:03
+  only 0000:04.*; the other one, 0000:03.*, is missing
     ... one is back, not known  a b; a; a b@5?   p300 P300 0,1 -half,\
- - 0000:04:00.0 5 ?pending
+ - 0000:04:00.0 5 ?pending  ; the other one, 0000:04.*, is there, .*: its telemetry
+    ... none is known           a b; a? b?       p300 P300 0,1 -returning,\
+ - 0000:03:00.0 0 ?pending, - 0000:04:00.0 1 ?pending  at 0000:03.*: its telemetry
     ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
     one half in trouble         a=gone b=unreadable  p300 P300 0,1 -gone\
   ^chip 0000:03.*: it is
+    ... beside a note           a=unreadable b=gone  p300 P300 0,1 -gone\
+  ^chip 0000:04.*: it is
     a note about one half       a b=unreadable   p300 P300 0,1 +unreadable\
   ^chip 0000:04.*: its
     two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
@@ -667,11 +394,17 @@ def judged(word: str) -> tt.Judged:
     ... in another slot         n; n/09 m/01     n150 wormhole-2 6 +ok,\
  n150 wormhole-1 5 +ok
     late telemetry              n?; n            n150 wormhole-1 5 +ok
-    not to be identified now    n; n?            n150 wormhole-1 5 -gone,\
- - 0000:01:00.0 5 ?pending
+    it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry.*since 1$
+    ... as the bus is dead      n; n?=bus-dead   n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 5 -bus-dead  back at 0000:01:00.0, .*: its PCIe bus answers
     by PCI address, in a reset  x; x@3?          n150 0000:01:00.0 3 -pending
+    ... and its ASIC id comes   x; n             n150 wormhole-1 5 +ok,\
+ n150 0000:01:00.0 5 -replaced
     a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
     seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
+    ... the higher N is gone    n n@7=gone       n150 wormhole-1 5 +ok
+    ... both are gone           n=gone n@7=gone  n150 wormhole-1 7 -gone
     by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
  n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
     since it was first there    n; n=unreadable  n150 wormhole-1 5 +unreadable\
@@ -697,20 +430,79 @@ def test_what_becomes_of_a_card(polls: str, expected: str, reason: str) -> None:
         assert re.search(reason, f"{card.verdict.reason} since {card.since:.0f}")
 
 
+def test_an_offered_card_keeps_its_resource() -> None:
+    """Also if its model becomes known, which a restart of the plugin takes up.
+
+    The kubelet records by resource and ID who holds a card.
+    """
+    unknown = replace(CHIPS["u"], unidentified="")
+    known = replace(unknown, card_type="n150")
+
+    def poll(old: tt.Snapshot, chip: tt.Chip) -> tt.Snapshot:
+        seen = [tt.JudgedChip(chip, tt.make_verdict("ok"))]
+        return tt.next_snapshot(old, seen, tt.Settings(), 0.0)
+
+    (card,) = poll(poll(tt.Snapshot(), unknown), known).cards
+    assert card.resource == "tenstorrent.com/wormhole"
+    assert card.model == "n150"
+    (card,) = poll(tt.Snapshot(), known).cards
+    assert card.resource == R150
+
+
+def test_an_offered_card_keeps_its_model() -> None:
+    """Also while its chip is there and cannot be identified, such as in a reset."""
+    snapshot = tt.Snapshot()
+    for word in ("x", "x?"):
+        snapshot = tt.next_snapshot(snapshot, [judged(word)], tt.Settings(), 0.0)
+    (card,) = snapshot.cards
+    assert card.verdict.kind == "pending"
+    assert card.model == "n150"
+
+
+def test_half_a_card_says_where_the_other_chip_is() -> None:
+    """Also if that has no class device, as no driver takes it."""
+    chip = tt.Chip(CHIPS["b"].pci)
+    without_driver = tt.JudgedChip(chip, tt.make_verdict("no-driver", driver="none"))
+    snapshot = tt.Snapshot()
+    for seen in ([judged("a"), judged("b")], [judged("a"), without_driver]):
+        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), 0.0)
+    card = snapshot.cards[0]
+    assert card.verdict.kind == "half"
+    there = "0000:04:00.0, is there, but not identified: it has no device node"
+    assert there in card.verdict.reason
+
+
+@pytest.mark.parametrize("newer", [4, 5])
+def test_of_two_class_devices_of_a_chip_the_newer_counts(newer: int) -> None:
+    """In sysfs that is the one with the higher inode number, whatever its N is."""
+    seen = []
+    for index in (5, 4):
+        inode = 8 if index == newer else 7
+        chip = replace(CHIPS["n"], unidentified="", index=index, inode=inode)
+        seen.append(tt.JudgedChip(chip, tt.make_verdict("ok")))
+    snapshot = tt.next_snapshot(tt.Snapshot(), seen, tt.Settings(), 0.0)
+    assert summary(snapshot) == f"n150 wormhole-1 {newer} +ok"
+
+
 class Acme:
     """Another vendor's discovery, as README's "For another vendor's card" asks for."""
 
-    driver_version = str  # there is none
-    pci_functions: Any = staticmethod(lambda known: [])  # nor a chip without it
-
-    def __init__(self, folder: Path, *there: int) -> None:
+    def __init__(self, folder: Path, poll_seconds: float = 0.02) -> None:
         self.dev_folder = str(folder)
-        self.there = list(there)
+        self.there: list[int] = []  # N of each chip
+        self.reads = Counter[int]()  # by N: how many have begun
+        # N -> how many of its reads return; later ones hang until they are released.
+        self.reads_that_return: dict[int, int] = {}
+        self.released = threading.Event()
+        self.readings: list[tt.Reading] = []  # what the next reads say
         self.find: Callable[[], object] = bool  # called at each poll
         self.look: Callable[[tt.Chip], object] = bool  # called at each read
-        made: Any = self
-        settings = tt.Settings(resource_domain="x.org", poll_seconds=0.02)
-        self.inventory = tt.Inventory(settings, made)
+        settings = tt.Settings(resource_domain="x.org", poll_seconds=poll_seconds)
+        self.inventory = tt.Inventory(settings, self)
+
+    def driver_version(self) -> str:
+        """There is none."""
+        return ""
 
     def chips(self) -> list[tt.Chip]:
         """The chips that are there."""
@@ -722,99 +514,210 @@ class Acme:
         chip = tt.Chip(f"0000:{index:02x}:00.0", index, 100 + index)
         return chip if index in self.there else None
 
+    def unclaimed(self, known: set[str]) -> list[tt.JudgedChip]:
+        """There is none."""
+        return []
+
     def read(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
         """What a chip is, and how it is."""
+        self.reads[chip.index] += 1
         self.look(chip)
-        known = replace(chip, arch="acme", card_type="x1", asic_id=f"{chip.index}")
-        return replace(known, dev="1:3", unknown=""), tt.Reading()
+        if self.reads[chip.index] > self.reads_that_return.get(chip.index, 10**9):
+            assert self.released.wait(60)
+        known = replace(
+            chip,
+            dev="1:3",
+            arch="acme",
+            card_type="x1",
+            asic_id=f"{chip.index}",
+            unidentified="",
+        )
+        return known, self.readings.pop(0) if self.readings else tt.Reading()
+
+    def poll(self) -> dict[str, int]:
+        """Poll once: how many cards have which kind of verdict."""
+        snapshot = self.inventory.poll(0.0)
+        return Counter(card.verdict.kind for card in snapshot.cards)
+
+    def poll_after_reads(self) -> dict[str, int]:
+        """Poll when each chip has been read by the present `look`."""
+        before = self.reads.copy()
+        # The next read may have begun already, but not the one that follows it.
+        wait_until(lambda: all(self.reads[n] >= before[n] + 2 for n in self.there))
+        return self.poll()
+
+    def close(self) -> None:
+        """For the end of the test: no thread goes on."""
+        self.released.set()
+        self.inventory.stop()
+        for thread in threading.enumerate():
+            if thread.name == "poll":
+                thread.join(10)
+        self.find = bool
+        self.there = []
+        self.inventory.poll(0.0)
 
 
-def test_for_another_vendors_card(workdir: Path) -> None:
+@pytest.fixture
+def acme(workdir: Path) -> Iterator[Acme]:
+    """One that polls and reads fifty times a second."""
+    with contextlib.closing(Acme(workdir)) as made:
+        yield made
+
+
+def test_for_another_vendors_card(workdir: Path, acme: Acme) -> None:
     """With another discovery all else is as it is: the list, and what a Pod gets."""
-    acme = Acme(workdir, 1, 2, 3)
+    acme.there = [1, 2, 3]
     for index in acme.there:
         (workdir / str(index)).symlink_to("/dev/null")
-    acme.inventory.poll(0.0)
-    shared = tt.Shared(acme.inventory, tt.preferred_allocation, lambda cards: [])
+    acme.poll()
+    shared = tt.Shared(acme.inventory, choose=tt.preferred_allocation)
     plugin = tt.DevicePlugin(shared, "x.org/x1")
-    one = api.ContainerAllocateRequest(devices_ids=["acme-3", "acme-1"])
-    request = api.AllocateRequest(container_requests=[one])
-    (answer,) = asyncio.run(plugin.Allocate(request, None)).container_responses
+
+    async def allocate(*ids: str) -> api.ContainerAllocateResponse:
+        one = api.ContainerAllocateRequest(devices_ids=ids)
+        request = api.AllocateRequest(container_requests=[one])
+        (answer,) = (await plugin.Allocate(request, None)).container_responses
+        return answer
+
+    answer = asyncio.run(allocate("acme-3", "acme-1"))
     paths = [device.host_path for device in answer.devices]
     assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
     assert answer.envs == {"PCIDEVICE_X_ORG_X1": "0000:01:00.0,0000:03:00.0"}
 
-    acme.there.remove(3)
-    snapshot = acme.inventory.poll(1.0)
+    acme.there = [1, 2]
+    acme.poll()
     expected = "x1 acme-1 1 +ok, x1 acme-2 2 +ok, x1 acme-3 3 -gone"
-    assert summary(snapshot) == expected
+    assert summary(acme.inventory.snapshot) == expected
 
 
 # ---- The threads that read and poll ----
 
 
-def poll_kinds(acme: Acme, look: Callable[[tt.Chip], object]) -> dict[str, int]:
-    """Poll once, with this at each read: how many cards have which kind of verdict."""
-    acme.look = look
-    snapshot = acme.inventory.poll(0.0)
-    return Counter(card.verdict.kind for card in snapshot.cards)
-
-
-def test_hanging_chips_cost_their_own_cards_only(workdir: Path, bound: Bound) -> None:
-    """30 of 32 chips hang, one before it was identified.
-
-    One poll takes 2 s. Later ones do not wait until those reads return.
-    """
-    acme = Acme(workdir, *range(31))
-    released = threading.Event()
-
-    def hang(chip: tt.Chip) -> object:
-        return chip.index < 2 or released.wait(60)
-
-    def poll(look: Callable[[tt.Chip], object], promised: float) -> dict[str, int]:
+def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
+    """Thirty of them, together for 2 s. They cost nobody else anything."""
+    acme.there = [*range(32)]
+    acme.reads_that_return = dict.fromkeys(range(2, 32), 0)
+    for promised in (2.5, 0.1):
         began = time.monotonic()
-        kinds = poll_kinds(acme, look)
+        assert acme.poll() == {"ok": 2, "pending": 30}
         bound(f"a poll within {promised} s", time.monotonic() - began, promised)
-        return kinds
 
-    assert poll(bool, 3.0) == {"ok": 31}
-    acme.there.append(31)
-    # A second passes between two polls: so the news are there within 4 s.
-    assert poll(hang, 3.0) == {"ok": 2, "read-hangs": 30}
-    assert acme.inventory.snapshot.cards[-1].resource is None
-    acme.there.remove(0)
-    assert poll(hang, 0.1) == {"ok": 1, "read-hangs": 30, "gone": 1}
-    released.set()
-    assert all(reader.idle.wait(10) for reader in acme.inventory.readers.values())
-    assert poll(bool, 3.0) == {"ok": 31, "gone": 1}
+
+def test_a_new_chip_that_hangs_is_offered_when_it_answers(acme: Acme) -> None:
+    """It is told as one that hangs, once it has for long, but it is no card before."""
+    acme.there = [1]
+    acme.reads_that_return = {1: 0}
+    wait_until(lambda: acme.poll() == {"read-hangs": 1})
+    assert not acme.inventory.snapshot.resources
+    acme.released.set()
+    assert acme.poll_after_reads() == {"ok": 1}
+    assert acme.inventory.snapshot.resources == ["x.org/x1"]
+
+
+@rows(
+    "poll_seconds, polls",
+    """
+    each second       1    5
+    ten times in one  0.1  50
+    each minute       60   2
+    """,
+)
+def test_a_read_hangs_if_it_takes_five_seconds(
+    workdir: Path, poll_seconds: str, polls: str
+) -> None:
+    """One that takes less is no verdict.
+
+    Polls are counted, at least two, and not the time: while a process is stopped, no
+    poll is missed.
+    """
+    with contextlib.closing(Acme(workdir, float(poll_seconds))) as acme:
+        acme.there = [1]
+        acme.reads_that_return = {1: 1}
+        assert acme.poll() == {"ok": 1}
+        for _ in range(int(polls) - 1):
+            assert acme.poll() == {"ok": 1}
+        assert acme.poll() == {"read-hangs": 1}
+
+
+def test_a_chip_is_read_once_per_poll_interval(acme: Acme) -> None:
+    """Its thread reads at its own pace, and pauses in between."""
+    times: list[float] = []
+
+    def note(chip: tt.Chip) -> None:
+        times.append(time.monotonic())
+
+    acme.look = note
+    acme.there = [1]
+    acme.poll()
+    acme.poll_after_reads()
+    acme.poll_after_reads()
+    assert all(later - earlier >= 0.02 for earlier, later in itertools.pairwise(times))
+
+
+def test_no_reading_between_two_polls_is_lost(acme: Acme) -> None:
+    """A reset can begin and end there: its chip has to prove itself again."""
+    beats = [tt.Reading(1), tt.Reading(2)]
+    acme.readings = [*beats, tt.Reading(fault="resetting")]
+    acme.there = [1]
+    assert acme.poll() == {"ok": 1}
+    assert acme.poll_after_reads() == {"resetting": 1}
+
+
+def test_a_removal_beside_hanging_chips_is_known_within_a_poll(
+    workdir: Path, bound: Bound
+) -> None:
+    """Six chips hang, and a seventh one is removed: streams are woken for it."""
+
+    async def remove_one(acme: Acme) -> float:
+        def six_hang() -> bool:
+            return all(acme.reads[n] == 2 for n in range(6))
+
+        acme.inventory.start(asyncio.get_running_loop())
+        await asyncio.to_thread(wait_until, six_hang)
+        removed = time.monotonic()
+        acme.there = [*range(6)]
+        last = None
+        while not last or last.verdict.kind != "gone":
+            await asyncio.wait_for(acme.inventory.changed.wait(), 10)
+            *_, last = acme.inventory.snapshot.cards
+        acme.inventory.stop()
+        return time.monotonic() - removed
+
+    with contextlib.closing(Acme(workdir, poll_seconds=1.0)) as acme:
+        acme.there = [*range(7)]
+        acme.reads_that_return = dict.fromkeys(range(6), 1)
+        seconds = asyncio.run(remove_one(acme))
+    bound("removed beside six hanging chips: in the snapshot", seconds, 1.1)
 
 
 def test_a_defect_costs_its_chip_only(
-    workdir: Path, caplog: pytest.LogCaptureFixture
+    acme: Acme, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its traceback is logged once, and the card is Healthy: nobody knows better."""
-    acme = Acme(workdir, 1, 2)
-    poll_kinds(acme, bool)
+    acme.there = [1, 2]
+    acme.poll()
+    acme.look = lambda chip: 1 // (chip.index - 1)
     for _ in range(2):
-        kinds = poll_kinds(acme, lambda chip: 1 // (chip.index - 1))
-        assert kinds == {"ok": 1, "unreadable": 1}
+        assert acme.poll_after_reads() == {"ok": 1, "unreadable": 1}
     (record,) = caplog.records
     assert record.getMessage() == "chip 0000:01:00.0 cannot be read"
     assert "\nTraceback" in caplog.text
     card, _ = acme.inventory.snapshot.cards
     assert "ZeroDivisionError" in card.verdict.reason
-    assert poll_kinds(acme, bool) == {"ok": 2}
+    acme.look = bool
+    assert acme.poll_after_reads() == {"ok": 2}
 
 
-def test_a_reader_ends_when_its_chip_is_gone(workdir: Path) -> None:
+def test_a_reader_ends_when_its_chip_is_gone(acme: Acme) -> None:
     """No thread of a chip outlives it."""
-    acme = Acme(workdir, *range(3))
     before = set(threading.enumerate())
-    assert poll_kinds(acme, bool) == {"ok": 3}
+    acme.there = [*range(3)]
+    assert acme.poll() == {"ok": 3}
     readers = set(threading.enumerate()) - before
     assert len(readers) == 3
     acme.there = []
-    assert poll_kinds(acme, bool) == {"gone": 3}
+    assert acme.poll() == {"gone": 3}
     for thread in readers:
         thread.join(10)
         assert not thread.is_alive()
@@ -827,8 +730,8 @@ DEFECT = ValueError(1)
 class PolledThread:
     """A polling thread whose discovery finds what it is told, and its callbacks."""
 
-    def __init__(self, folder: Path, found: list[Any]) -> None:
-        self.acme = Acme(folder)
+    def __init__(self, acme: Acme, found: list[Any]) -> None:
+        self.acme = acme
         self.acme.find = self.find
         self.found = found
         self.told: list[str] = []  # what the second callback was told
@@ -881,11 +784,11 @@ class PolledThread:
 
 
 @pytest.fixture
-def polled(workdir: Path, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
+def polled(acme: Acme, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
     """A polling thread that will find this, one after another."""
     caplog.set_level(logging.INFO)
     thread = PolledThread(
-        workdir,
+        acme,
         [[], [1], [1], NO_FILES, NO_FILES, [1], DEFECT, DEFECT, [1, 2], [1]],
     )
     yield thread
@@ -936,6 +839,602 @@ def test_a_poll_that_fails_leaves_the_last_list(
         "cannot look for cards, the last list stands: (.*)", caplog.text
     )
     assert problems == ["OSError: [Errno 24] ", "ValueError: 1"]
+
+
+# ==== Appendix A. Discovery: Tenstorrent's sysfs -> chips and readings ================
+
+# A chip that no heartbeat has to prove: its driver is older than 2.7.
+SILENT = replace(FIRST, heartbeat=False)
+UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
+NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
+# What no ASIC id or serial looks like: a dead bus, empty fuses, lower case, too short.
+NO_ID = ("F" * 16, "0" * 16, "0d0cb6f1e7a50001", "D0CB6F1E7A50001")
+
+
+class Driver:
+    """What discovery reads files through, with errors that only a driver makes."""
+
+    def __init__(self, tree: Tree) -> None:
+        settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)
+        self.discovery = tt.TenstorrentDiscovery(settings, read=self.read)
+        self.errors: dict[str, int] = {}  # name of a file -> its errno
+        self.files: list[str] = []  # names of those that were read, in order
+        self.before_read: Callable[[str], object] = bool  # called with the name
+
+    def read(self, path: str) -> str:
+        """Read a file, or fail."""
+        name = Path(path).name
+        self.before_read(name)
+        self.files.append(name)
+        if name in self.errors:
+            raise OSError(self.errors[name], "")
+        return tt.read_attribute(path)
+
+    def chip(self, index: int = 0) -> tt.Chip:
+        """The chip that has this N, not identified."""
+        chip = self.discovery.chip_at(index)
+        assert chip
+        return chip
+
+    def identify(self) -> tt.Chip:
+        """The chip that has N = 0, identified."""
+        chip, _ = self.discovery.read(self.chip())
+        return chip
+
+
+def probe_anew(tree: Tree, address: str) -> None:
+    """The driver makes the class device anew, with the same N and the same files."""
+    entry = tree.entry(address)
+    with tree.lock:
+        shutil.copytree(entry, tree.drafts / "new", symlinks=True)
+        entry.rename(tree.drafts / "old")
+        (tree.drafts / "new").rename(entry)
+
+
+@rows(
+    "file, fact, why_unidentified, without_file",
+    """
+    card type      tt_card_type             card_type  pending       pending
+    ASIC id        tt_asic_id               asic_id    unidentified
+    serial         tt_serial                serial
+    firmware       tt_fw_bundle_ver         firmware
+    device number  dev                      dev        pending       pending
+    architecture   device/device            arch       unidentified  unidentified
+    IOMMU          device/iommu_group/type  iommu
+    NUMA node      device/numa_node         numa_node
+    """,
+)
+def test_each_fact_of_a_chip_is_one_file(
+    workdir: Path, file: str, fact: str, why_unidentified: str, without_file: str
+) -> None:
+    """A file that is missing or makes no sense costs its fact only.
+
+    Of ASIC ids it is known where there are none: such a chip goes by its PCI address.
+    """
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    bare = driver.chip()
+    whole, reading = driver.discovery.read(bare)
+    lacking: dict[str, Any] = {fact: getattr(bare, fact)}
+    if file == "dev":
+        reading = reading._replace(fault="no-node")
+
+    path = tree.entry(FIRST.pci) / file
+    nonsense = replace(whole, **lacking, unidentified=why_unidentified)
+    for text in NONSENSE + NO_ID * (file in ("tt_asic_id", "tt_serial")):
+        path.unlink()
+        if text == UNREADABLE:
+            path.symlink_to(UNREADABLE)
+        else:
+            tree.set(FIRST.pci, file, text.encode("latin-1"))
+        assert driver.discovery.read(bare) == (nonsense, reading), text
+    path.unlink()
+    missing = replace(whole, **lacking, unidentified=without_file)
+    assert driver.discovery.read(bare) == (missing, reading)
+
+
+def test_what_is_known_of_a_chip(workdir: Path) -> None:
+    """All that an identified chip has."""
+    tree = Tree(workdir, [FIRST])
+    chip = Driver(tree).identify()
+    assert chip == tt.Chip(
+        FIRST.pci,
+        0,
+        inode=tree.entry(FIRST.pci).stat().st_ino,
+        pci_path=("pci0000:01",),
+        dev="1:3",
+        arch="wormhole",
+        card_type="n150",
+        asic_id=FIRST.asic_id,
+        serial=FIRST.serial,
+        firmware="80.17.0.0",
+        numa_node=0,
+        iommu="DMA-FQ",
+        unidentified="",
+    )
+
+
+# "E..." is the error that the read fails with.
+@rows(
+    "text, heartbeat, fault, detail",
+    """
+    it beats           5            5  -             -
+    no such file       ENOENT       -  -             -
+    all ones           4294967295   -  bus-dead      -
+    no number          N/A          -  unreadable    not a number
+    11 digits          10000000000  -  unreadable    not a number
+    a policy's EACCES  EACCES       -  unreadable    EACCES
+    firmware has none  ENODATA      -  no-heartbeat  -
+    detached           ENODEV       -  gone          -
+    """,
+)
+def test_what_a_heartbeat_says(
+    workdir: Path, text: str, heartbeat: str, fault: str, detail: str
+) -> None:
+    """A device node that is missing, or another device, is told after what is worse."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    chip = driver.identify()
+    if text.startswith("E"):
+        driver.errors["tt_heartbeat"] = getattr(errno, text)
+    else:
+        tree.set(FIRST.pci, "tt_heartbeat", text)
+    beat = None if heartbeat == "-" else int(heartbeat)
+    expected = tt.Reading(beat, fault.strip("-"), detail.strip("-"))
+    for node in ("/dev/null", "/dev/zero", "/dev", "nowhere"):
+        relink(tree.node(FIRST.pci), node)
+        if node != "/dev/null" and fault in ("-", "unreadable", "no-heartbeat"):
+            expected = expected._replace(fault="no-node")
+        _, reading = driver.discovery.read(chip)
+        assert reading == expected, node
+
+
+def test_a_folder_is_no_device_node(workdir: Path) -> None:
+    """Even where it has the device number of the chip."""
+    assert not tt.is_device_node(str(workdir), "0:0")
+
+
+@rows(
+    "unreadable, heals, fault",
+    """
+    no file can be read           tt_heartbeat,tt_card_type  no   resetting
+    the heartbeat alone can't     tt_heartbeat               no   no-heartbeat
+    a reset ends in between       tt_heartbeat               yes  resetting
+    """,
+)
+def test_a_reset_is_told_from_firmware_without_a_heartbeat(
+    workdir: Path, unreadable: str, heals: str, fault: str
+) -> None:
+    """Both give ENODATA, but in a reset each file does."""
+    driver = Driver(Tree(workdir, [FIRST]))
+    chip = driver.identify()
+    driver.errors = dict.fromkeys(unreadable.split(","), errno.ENODATA)
+
+    def end_reset(name: str) -> None:
+        if name == "tt_card_type":
+            driver.errors.clear()
+
+    if heals == "yes":
+        driver.before_read = end_reset
+    _, reading = driver.discovery.read(chip)
+    assert reading == tt.Reading(None, fault)
+
+
+def test_a_dead_bus_is_told_before_what_it_hides(workdir: Path) -> None:
+    """All of its files make no sense, and the card is not just unidentified."""
+    ones = "F" * 16
+    chip = replace(FIRST, card_type="unknown", asic_id=ones, serial=ones)
+    tree = Tree(workdir, [chip])
+    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
+    snapshot = inventory_of(tree).poll(0.0)
+    assert summary(snapshot) == f"- {FIRST.pci} 0 -bus-dead"
+
+
+def test_the_files_may_come_one_by_one(workdir: Path) -> None:
+    """So the driver makes them: where the type is there, the ASIC id is waited for."""
+    tree = Tree(workdir, [replace(FIRST, asic_id="")])
+    path = tree.entry(FIRST.pci) / "tt_asic_id"
+    driver = Driver(tree)
+
+    def appear(name: str) -> None:
+        if name == "tt_card_type" and name in driver.files:
+            path.write_text("A" * 16)
+
+    driver.before_read = appear
+    began = time.monotonic()
+    assert driver.identify().card_id == "wormhole-" + "A" * 16
+    assert time.monotonic() - began >= 0.1, "so long they may take"
+
+
+def test_an_asic_id_that_comes_late_is_taken(workdir: Path) -> None:
+    """Until then the card goes by its PCI address, as with drivers that have none."""
+    tree = Tree(workdir, [replace(FIRST, asic_id="")])
+    driver = Driver(tree)
+    chip = driver.identify()
+    assert chip.card_id == FIRST.pci
+    tree.set(FIRST.pci, "tt_asic_id", f"{FIRST.asic_id}\n")
+    known, _ = driver.discovery.read(chip)
+    assert known.card_id == FIRST.id
+
+
+@rows(
+    "serial, unidentified",
+    """
+    its own             000004513190F004  -
+    not programmed      0000045100000000  no-serial
+    empty fuses         0000000000000000  unidentified
+    no such file        -                 unidentified
+    """,
+)
+def test_the_serial_of_a_p300(workdir: Path, serial: str, unidentified: str) -> None:
+    """One without it is no card: nobody knows which two chips are on one board."""
+    tree = Tree(workdir, [replace(P300[0], index=0, serial=serial.strip("-"))])
+    chip = Driver(tree).identify()
+    assert chip.unidentified == unidentified.strip("-")
+
+
+def test_a_serial_that_is_not_programmed_is_named(workdir: Path) -> None:
+    """Neither a reset nor an update helps."""
+    serial = "0000045100000000"
+    chips = [replace(chip, heartbeat=False, serial=serial) for chip in P300]
+    snapshot = inventory_of(Tree(workdir, chips)).poll(0.0)
+    kinds = "- 0000:03:00.0 0 ?no-serial, - 0000:04:00.0 1 ?no-serial"
+    assert summary(snapshot) == kinds
+    reason = snapshot.cards[0].verdict.reason
+    assert f"{serial}, is not programmed" in reason
+    assert "tt-smi" not in reason
+
+
+# Of a driver before 2.7 neither of them is there.
+@pytest.mark.parametrize("chip", [FIRST, replace(SILENT, asic_id="")])
+def test_an_identified_chip_has_one_file_read(workdir: Path, chip: Chip) -> None:
+    """Its heartbeat, nothing else: before driver 2.7 a read could oops the kernel."""
+    driver = Driver(Tree(workdir, [chip]))
+    known = driver.identify()
+    driver.files.clear()
+    open_files = len(os.listdir("/proc/self/fd"))
+    again, _ = driver.discovery.read(known)
+    assert again == known
+    assert driver.files == ["tt_heartbeat"]
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
+    """Not while the bus is dead, which shows none."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    chip = driver.identify()
+    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
+    driver.errors = dict.fromkeys(("tt_heartbeat", "tt_card_type"), errno.ENODATA)
+    resetting, _ = driver.discovery.read(chip)
+    assert resetting == replace(chip, firmware="")
+
+    driver.errors.clear()
+    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
+    dead, _ = driver.discovery.read(resetting)
+    assert dead == resetting
+    tree.set(FIRST.pci, "tt_heartbeat", "5")
+    back, _ = driver.discovery.read(resetting)
+    assert back == replace(chip, firmware="80.18.0.0")
+
+
+def test_a_chip_that_is_probed_anew_is_identified_anew(workdir: Path) -> None:
+    """It is told by the inode of its folder. The folder's times are sysfs's own."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.set(FIRST.pci, "tt_serial", "A" * 16)
+    os.utime(tree.entry(FIRST.pci), (1, 1))
+    (card,) = inventory.poll(1.0).cards
+    assert card.chips[0].serial == FIRST.serial
+
+    probe_anew(tree, FIRST.pci)
+    (card,) = inventory.poll(2.0).cards
+    assert card.chips[0].serial == "A" * 16
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "vanished"])
+def test_what_is_read_while_n_is_taken_is_nothing(workdir: Path, taken: bool) -> None:
+    """Another chip takes N during the read, or none: the first one is gone."""
+    tree = Tree(workdir, [FIRST, SECOND])
+    link = tree.sys / "class/tenstorrent/tenstorrent!0"
+    driver = Driver(tree)
+
+    def go_away(name: str) -> None:
+        if name == "tt_card_type":
+            link.unlink()
+            if taken:
+                link.symlink_to(tree.entry(SECOND.pci))
+
+    driver.before_read = go_away
+    chip = driver.chip()
+    assert driver.discovery.read(chip) == (chip, tt.Reading(fault="gone"))
+
+
+def test_what_in_the_class_is_a_chip(workdir: Path) -> None:
+    """An entry of the driver's form that leads to a PCI function, wherever it is."""
+    tree = Tree(workdir, [FIRST])
+    folder = tree.sys / "class/tenstorrent"
+    bridges = ("pci10000:40", "10000:40:01.1", "10000:41:00.0")
+    below = tree.sys.joinpath("devices", *bridges, "10000:42:00.0")
+    below.mkdir(parents=True)
+    for name in (
+        "by-id",
+        *(f"tenstorrent!{n}" for n in ("", "x", "00", "0x", "1" * 7)),
+    ):
+        (folder / name).symlink_to(tree.entry(FIRST.pci))
+    (folder / "tenstorrent!2").symlink_to("nowhere")
+    for index, target in enumerate((str(below), "device", "/", ".."), start=13):
+        (folder / f"tenstorrent!{index}").mkdir()
+        (folder / f"tenstorrent!{index}/device").symlink_to(target)
+    found = inventory_of(tree).discovery.chips()
+    assert sorted((chip.index, chip.pci, chip.pci_path) for chip in found) == [
+        (0, FIRST.pci, ("pci0000:01",)),
+        (13, "10000:42:00.0", bridges),
+    ]
+
+
+def test_a_class_that_cannot_be_listed_is_an_error(workdir: Path) -> None:
+    """It is not taken for a node without cards."""
+    tree = Tree(workdir, [FIRST])
+    shutil.rmtree(tree.sys / "class")
+    (tree.sys / "class").symlink_to("class")
+    with pytest.raises(OSError, match="symbolic links"):
+        inventory_of(tree).discovery.chips()
+
+
+@rows(
+    "link, kind, driver",
+    """
+    another driver has it     drivers/vfio-pci     no-driver  vfio-pci
+    none has it               -                    no-driver  none
+    a driver of an odd name   drivers/driver       no-driver  driver
+    the driver's link dangles  drivers/{gone}      no-driver  {gone}
+    it is bound a moment ago  drivers/tenstorrent  pending    -
+    """,
+)
+def test_pci_functions_without_a_class_device_are_listed(
+    workdir: Path, link: str, kind: str, driver: str
+) -> None:
+    """With the driver that has them, and not offered.
+
+    The right driver has it a moment before the device node is there.
+    """
+    tree = Tree(workdir, [SILENT, SECOND])
+    tree.remove(SECOND.pci, driver="x")
+    (tree.pci(SECOND.pci) / "driver").unlink()
+    if link != "-":
+        (tree.pci(SECOND.pci) / "driver").symlink_to(f"../../../bus/pci/{link}")
+    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
+    snapshot = inventory_of(tree).poll(0.0)
+    assert summary(snapshot) == f"n150 {FIRST.id} 0 +ok, - {SECOND.pci}  ?{kind}"
+    _, card = snapshot.cards
+    assert (f" is {driver}, not" in card.verdict.reason) == (kind == "no-driver")
+    assert card.chips[0].arch == "wormhole"
+
+
+def test_a_driver_that_lets_go_has_no_name(workdir: Path) -> None:
+    """The link to it may vanish at any moment: then it is none, and not "driver"."""
+    tree = Tree(workdir, [SECOND])
+    tree.remove(SECOND.pci, driver="vfio-pci")
+    link = tree.pci(SECOND.pci) / "driver"
+    target = os.readlink(link)
+    discovery = inventory_of(tree).discovery
+    done = threading.Event()
+
+    def bind_and_unbind() -> None:
+        while not done.is_set():
+            link.unlink()
+            link.symlink_to(target)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(bind_and_unbind)
+        judged = [each for _ in range(2000) for each in discovery.unclaimed(set())]
+        done.set()
+    drivers = {
+        re.findall(r"driver is (\S+),", each.verdict.reason)[0] for each in judged
+    }
+    assert drivers <= {"none", "vfio-pci"}
+
+
+def test_a_card_without_its_driver_is_gone(workdir: Path) -> None:
+    """Its PCI function is still there, and listed by its address."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.remove(FIRST.pci, driver="vfio-pci")
+    expected = f"n150 {FIRST.id} 0 -gone, - {FIRST.pci}  ?no-driver"
+    assert summary(inventory.poll(1.0)) == expected
+
+
+def test_a_pci_function_is_asked_for_its_vendor_once(workdir: Path) -> None:
+    """A host has hundreds of them, and each poll goes over all."""
+    tree = Tree(workdir, [SILENT])
+    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
+    driver = Driver(tree)
+    for _ in range(3):
+        assert not driver.discovery.unclaimed({FIRST.pci})
+    assert driver.files == ["vendor", "vendor"]
+
+
+def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
+    """A card comes, and no driver takes it: no class device has come or gone."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
+    tree.write(tree.sys / "bus/pci/devices/0000:98:00.0/vendor", "0x1e52\n")
+    inventory.poll(1.0)
+    assert inventory.snapshot.driver == "2.11.0"
+    expected = f"n150 {FIRST.id} 0 +ok, - 0000:98:00.0  ?no-driver"
+    assert summary(inventory.snapshot) == expected
+
+
+# ==== Appendix B. Health: README's table, row by row ==================================
+
+
+def test_readme_names_each_kind_of_verdict() -> None:
+    """With its health if its card was never offered, and no other kind."""
+    named = {}
+    for seen, verdict, _ in table("what the plugin sees, once a second"):
+        (kind, *_) = in_code(seen)
+        named[kind] = "pending" if verdict == "not offered" else verdict
+    assert named == {kind: health for kind, (health, _) in tt.KINDS.items()}
+
+
+NOT_IDENTIFIED = ("pending", "unidentified", "no-serial")  # why a chip may not be known
+
+
+# A poll is: the time, what is read, and the kind of the verdict, "=" for the fault that
+# is read. What is read is a heartbeat, with "+" if it was seen to change in this read;
+# "-" for no file; a fault (with the heartbeat after "/" if one is read, too); or why
+# the chip is not identified.
+@rows(
+    "polls",
+    """
+    it changes, or begins anew     0 4294967294+ ok, 1 0 ok, 99 7 ok, 200 3 ok
+    no file                        0 - ok, 50 - ok, 99 - ok, 999 - ok
+    it has to change once          0 1 hung, 1 1 hung, 99 1 hung, 100 2 ok
+    ... also where it comes later  0 - ok, 9 1 hung, 10 2 ok
+    ... or can be read later       0 unreadable =, 9 1 hung, 10 2 ok
+    ... or is known later          0 pending/1 =, 9 1 hung, 10 2 ok
+    ... or at once                 0 unreadable =, 9 1+ ok
+    gone until it is back          0 1+ ok, 1 gone =, 99 gone =, 100 1 ok,\
+ 101 - gone, 102 1 ok
+    hung: equal for over 12 s      0 1+ ok, 4 1 ok, 8 1 ok, 12 1 ok, 12.1 1 hung,\
+ 99 1 hung
+    ... and in 3 reads             0 1+ ok, 30 1 ok, 31 1 ok, 32 1 hung
+    ... until 2 changes            0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
+ 15 2 hung, 16 3 ok
+    ... and again                  0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
+ 15 2 hung, 16 2 hung, 27 2 hung, 28 3 hung, 29 4 ok
+    ... and its files go           0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 - gone,\
+ 15 2 hung
+    SIGSTOP is no silence          0 1+ ok, 1 1 ok, 600 1 ok, 600.1 2 ok, 601 2 ok
+    a reset until 1 change after   0 1+ ok, 1 resetting =, 2 7 resetting,\
+ 3 7 resetting, 4 8 ok
+    ... in the first read          0 1+ ok, 1 resetting =, 2 7+ ok
+    ... then its files go          0 1+ ok, 1 resetting =, 2 - resetting,\
+ 3 1 resetting, 4 - gone
+    ... ends a hang                0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 resetting =,\
+ 15 2 resetting, 16 3 ok
+    a dead bus until 1 change      0 1+ ok, 1 bus-dead =, 2 1 bus-dead, 3 2 ok
+    no device node                 0 1+ ok, 1 no-node/2 =, 14 no-node/3 =, 15 4 ok
+    ... while it hangs             0 1+ ok, 4 1 ok, 8 1 ok, 13 no-node/1 =, 14 1 hung
+    a read hangs until it returns  0 1+ ok, 2 read-hangs =, 99 read-hangs =, 100 1 ok
+    ... is no equal read           0 1+ ok, 1 1 ok, 2 read-hangs =, 99 1 ok,\
+ 99.1 1 hung
+    not readable is not dead       0 1+ ok, 1 unreadable =, 9 unreadable =,\
+ 99 unreadable =, 100 1 ok
+    ... nor healed                 0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
+ 14 unreadable hung, 15 3 hung, 16 4 ok
+    firmware has none              0 1+ ok, 1 no-heartbeat =, 99 no-heartbeat =,\
+ 100 1 hung, 101 2 ok
+    ... since a reset              0 1+ ok, 1 resetting =, 2 no-heartbeat =
+    no telemetry for 130 s         0 pending =, 130 pending =,\
+ 130.1 pending no-telemetry, 132 1+ ok
+    ... and a dead bus             0 bus-dead =, 200 pending no-telemetry
+    not identified                 0 unidentified =, 999 unidentified =, 1000 1+ ok
+    ... nor ever                   0 no-serial =, 999 no-serial =
+    ... and hung                   0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
+ 14 unidentified/2 =, 15 2 hung
+    """,
+)
+def test_health_from_poll_to_poll(polls: str) -> None:
+    """README's table "Health", in both directions."""
+    history = tt.HealthHistory(1e6)
+    for poll in polls.split(", "):
+        time_of_poll, seen, kind = poll.split()
+        now = 1e6 + float(time_of_poll)
+        fault = ""
+        heartbeat = seen
+        if seen[0].isalpha():
+            fault, _, heartbeat = seen.partition("/")
+        why = fault if fault in NOT_IDENTIFIED else ""
+        chip = replace(FIRST, unidentified=why)
+        digits = heartbeat.strip("-+")
+        reading = tt.Reading(
+            heartbeat=int(digits) if digits else None,
+            fault="" if why else fault,
+            changed=heartbeat.endswith("+"),
+        )
+        history.observe(reading, now)
+        verdict = history.verdict(chip, reading, now)
+        assert verdict.kind == (fault if kind == "=" else kind), f"at {time_of_poll}"
+
+
+# ---- A chip proves itself before it is Healthy ----
+
+
+def test_a_chip_that_hangs_before_the_start_is_not_healthy(
+    tree: Tree, bound: Bound
+) -> None:
+    """The one beside it is Healthy in the very first snapshot, which waits for both."""
+    tree.still.add(FIRST.pci)
+    tree.add(FIRST)
+    tree.add(SECOND)
+    began = time.monotonic()
+    snapshot = inventory_of(tree).poll(began)
+    seconds = time.monotonic() - began
+    bound("a first poll with a hung chip", seconds, 1.5)
+    assert seconds >= 1.1, "one that beats once a second proves itself, too"
+    assert summary(snapshot) == f"n150 {FIRST.id} 0 -hung, n150 {SECOND.id} 1 +ok"
+
+
+def test_a_chip_that_is_probed_anew_proves_itself_anew(tree: Tree) -> None:
+    """After a reset its class device is another one, and its heartbeat the same."""
+    tree.add(FIRST)
+    inventory = inventory_of(tree)
+    assert summary(inventory.poll(0.0)) == f"n150 {FIRST.id} 0 +ok"
+    tree.still.add(FIRST.pci)
+    probe_anew(tree, FIRST.pci)
+    assert summary(inventory.poll(1.0)) == f"n150 {FIRST.id} 0 -hung"
+
+
+def test_a_proof_takes_two_beats_at_most(four: Tree, bound: Bound) -> None:
+    """So a start takes 0.2 s longer at most, at ten beats a second."""
+    began = time.monotonic()
+    snapshot = inventory_of(four).poll(began)
+    bound("four cards found and proven", time.monotonic() - began, 0.2)
+    assert [card.verdict.kind for card in snapshot.cards] == ["ok"] * 4
+
+
+def test_one_proof_is_enough(workdir: Path) -> None:
+    """Later reads read the heartbeat once. After a reset it is to be proven again."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert first.changed
+    driver.files.clear()
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert driver.files == ["tt_heartbeat"]
+    assert not second.changed
+
+    driver.files.clear()
+    _, after = tt.read_chip(driver.discovery, chip, tt.Reading(fault="resetting"))
+    assert driver.files == ["tt_heartbeat"] * 2
+    assert after.changed
+
+
+def test_a_chip_is_proven_as_soon_as_it_is_identified(workdir: Path) -> None:
+    """Before that, its heartbeat is read once, and nobody waits for a change."""
+    tree = Tree(workdir, [replace(FIRST, card_type="")])
+    driver = Driver(tree)
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert driver.files.count("tt_heartbeat") == 1
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    tree.set(FIRST.pci, "tt_card_type", "n150\n")
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert second.changed
 
 
 # ==== Section 3. The DevicePlugin service: five calls, answered from the snapshot =====
@@ -1182,16 +1681,13 @@ def swap(tree: Tree) -> str:
     return f"/dev/tenstorrent/0 is no longer chip {FIRST.pci}"
 
 
-def probe_anew(tree: Tree) -> str:
-    """It was reset, and has another class device under the same N."""
-    with tree.lock:
-        entry = tree.entry(FIRST.pci)
-        old = entry.rename(entry.with_name("old"))  # so that its inode is not free
-        shutil.copytree(old, entry, symlinks=True)
+def reset(tree: Tree) -> str:
+    """It has another class device under the same N."""
+    probe_anew(tree, FIRST.pci)
     return f"/dev/tenstorrent/0 is no longer chip {FIRST.pci}"
 
 
-@pytest.mark.parametrize("happen", [use_another_device, unplug, swap, probe_anew])
+@pytest.mark.parametrize("happen", [use_another_device, unplug, swap, reset])
 def test_a_pod_gets_no_other_card(
     kubelet: Kubelet, tree: Tree, launch: Launch, happen: Callable[[Tree], str]
 ) -> None:
@@ -2846,18 +3342,21 @@ def test_a_record_that_hangs_refuses_nothing(kubelet: Kubelet, plugin: Plugin) -
     plugin.wait_for_line("cannot read .*: it takes too long")
 
 
-# ==== Appendix A. Preferred allocation ================================================
+# ==== Appendix D. Preferred allocation ================================================
+
+WELL = tt.make_verdict("ok")
+UNWELL = tt.make_verdict("gone")
 
 
 def host_of(
-    name: str, numa_node: int | None, above: str, buses: str
+    name: str, numa_node: int | None, above: str, buses: str, domain: str = "0000"
 ) -> dict[str, tt.Card]:
     """Cards of one chip each below this PCI path, by bus, which is their ID, too."""
     cards = {}
     for bus in buses.split():
         path = tuple(above.format(bus=bus).split("/"))
-        chip = tt.Chip(f"0000:{bus}:00.0", pci_path=path, numa_node=numa_node)
-        cards[bus] = tt.Card(bus, f"{name}-x", f"x.org/{name}", (chip,), tt.Verdict())
+        chip = tt.Chip(f"{domain}:{bus}:00.0", pci_path=path, numa_node=numa_node)
+        cards[bus] = tt.Card(bus, f"{name}-x", f"x.org/{name}", (chip,), WELL)
     return cards
 
 
@@ -2923,51 +3422,139 @@ def test_a_broken_tray_is_used_up_first() -> None:
         assert {card_id[0] for card_id in chosen} == {tray}
 
 
-@given(st.data())
-def test_preferred_allocation_of_any_request(data: st.DataObject) -> None:
-    """As many as asked for, with those that it must have, or a refusal.
+# What buses the chips of a Galaxy can be seen on.
+BUSES = {
+    "all 32": " ".join(GALAXY),
+    "31": " ".join(list(GALAXY)[1:]),
+    "two trays": " ".join(list(GALAXY)[:16]),
+    "the others": " ".join(list(GALAXY)[16:]),
+    "01 to 20": " ".join(f"{bus:02x}" for bus in range(1, 33)),
+}
 
-    They come from one NUMA node if one has room, healthy ones first, and are the same
-    whatever the order of the request.
+
+@rows(
+    "domain, buses, next_domain, next_buses, trays, topology",
     """
-    cards = dict(data.draw(st.sampled_from(list(HOSTS.values()))))
-    for name in data.draw(st.lists(st.sampled_from(sorted(cards)), max_size=4)):
-        cards[name] = replace(cards[name], verdict=tt.Verdict(tt.UNHEALTHY))
+    a Galaxy               0000   all 32     -     -           0000:0 0000:4 0000:8\
+ 0000:c  galaxy
+    five digits of domain  10000  all 32     -     -           10000:0 10000:4 10000:8\
+ 10000:c  galaxy
+    31 of its chips        0000   31         -     -           -                  -
+    a virtual machine      0000   01 to 20   -     -           -                  -
+    two domains            0000   two trays  0001  the others  -                  -
+    another, not whole     0001   31         0002  all 32      0002:0 0002:4 0002:8\
+ 0002:c  -
+    """,
+)
+def test_only_a_whole_galaxy_has_trays(
+    domain: str,
+    buses: str,
+    next_domain: str,
+    next_buses: str,
+    trays: str,
+    topology: str,
+) -> None:
+    """Its 32 chips on the vendor's buses, all in one PCI domain.
+
+    The node's label follows the same rule.
+    """
+    made = [*host_of("galaxy", 0, "pci", BUSES[buses], domain).values()]
+    if next_domain != "-":
+        made += host_of("galaxy", 0, "pci", BUSES[next_buses], next_domain).values()
+    cards = [replace(card, id=card.chips[0].pci) for card in made]
+    found = tt.galaxy_trays(cards)
+    assert Counter(found.values()) == dict.fromkeys(trays.strip("-").split(), 8)
+    assert all(card_id.startswith(tray) for card_id, tray in found.items())
+    assert tt.node_topology(cards) == topology.strip("-")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What preferred allocation is asked."""
+
+    cards: dict[str, tt.Card]
+    available: list[str]
+    must: list[str]
+    size: int
+
+    @property
+    def well(self) -> set[str]:
+        """The healthy ones of those that are available."""
+        known = self.cards.keys() & {*self.available}
+        return {name for name in known if self.cards[name].verdict == WELL}
+
+
+@st.composite
+def choices(draw: st.DrawFn, too_many: bool = False) -> Choice:
+    """Any choice that can be made; with `too_many`, one that cannot."""
+    cards = dict(draw(st.sampled_from(list(HOSTS.values()))))
+    for name in draw(st.lists(st.sampled_from(sorted(cards)), max_size=4)):
+        cards[name] = replace(cards[name], verdict=UNWELL)
     names = st.sampled_from([*cards, "gone"])
-    available = data.draw(st.lists(names, min_size=1, unique=True))
-    must = data.draw(st.lists(st.sampled_from(available), max_size=3, unique=True))
-    size = data.draw(st.integers(-1, len(available) + 1))
-    if not max(1, len(must)) <= size <= len(available):
-        words = f"cannot choose {size} of {len(available)} cards with {len(must)} req"
-        with pytest.raises(tt.Refusal, match=f"INVALID_ARGUMENT.*{words}"):
-            tt.preferred_allocation(cards, available, must, size)
-        return
-
-    chosen = tt.preferred_allocation(cards, available, must, size)
-    assert len(chosen) == len(set(chosen)) == size
-    assert set(must) <= set(chosen) <= set(available)
-    again = data.draw(st.permutations(available))
-    must_again = data.draw(st.permutations(must))
-    assert tt.preferred_allocation(cards, again, must_again, size) == chosen
-    well = {
-        name
-        for name in available
-        if name in cards and cards[name].verdict == tt.Verdict()
-    }
-    unwell = set(chosen) - well
-    assert len(unwell) == max(len(set(must) - well), size - len(well))
-    nodes = {name: card.chips[0].numa_node for name, card in cards.items()}
-    space = Counter(nodes[name] for name in well)
-    if not must and max(space.values(), default=0) >= size:
-        assert len({nodes[name] for name in chosen}) == 1
+    available = draw(st.lists(names, min_size=1, unique=True))
+    must = draw(st.lists(st.sampled_from(available), max_size=3, unique=True))
+    least = max(1, len(must))
+    sizes = st.integers(least, len(available))
+    if too_many:
+        sizes = st.sampled_from([-1, 0, least - 1, len(available) + 1])
+    return Choice(cards, available, must, draw(sizes))
 
 
-# ==== Appendix B. Operations: the log; /healthz, /readyz and /metrics =================
+def choose(choice: Choice) -> list[str]:
+    """What preferred allocation answers."""
+    return tt.preferred_allocation(
+        choice.cards, choice.available, choice.must, choice.size
+    )
+
+
+@given(choices(), st.randoms())
+def test_any_choice_has_what_was_asked_for(
+    choice: Choice, shuffle: random.Random
+) -> None:
+    """As many as asked for, with those that it must have, in whatever order asked."""
+    chosen = choose(choice)
+    assert len(chosen) == len(set(chosen)) == choice.size
+    assert {*choice.must} <= {*chosen} <= {*choice.available}
+    shuffle.shuffle(choice.available)
+    shuffle.shuffle(choice.must)
+    assert choose(choice) == chosen
+
+
+@given(choices(too_many=True))
+def test_a_choice_that_cannot_be_made_is_refused(choice: Choice) -> None:
+    """Fewer cards than it must have, or more than there are."""
+    about = f"{len(choice.available)} cards with {len(choice.must)} required"
+    with pytest.raises(tt.Refusal) as refusal:
+        choose(choice)
+    assert refusal.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert str(refusal.value) == f"cannot choose {choice.size} of {about}"
+
+
+@given(choices())
+def test_healthy_cards_are_chosen_first(choice: Choice) -> None:
+    """A card that is not healthy is chosen only if it must be, or none else is left."""
+    unwell = {*choose(choice)} - choice.well
+    required = {*choice.must} - choice.well
+    assert len(unwell) == max(len(required), choice.size - len(choice.well))
+
+
+@given(choices())
+def test_one_numa_node_is_chosen_if_it_has_room(choice: Choice) -> None:
+    """Where no card is required."""
+    choice = replace(choice, must=[])
+    nodes = {name: card.chips[0].numa_node for name, card in choice.cards.items()}
+    room = Counter(nodes[name] for name in choice.well)
+    hypothesis.assume(max(room.values(), default=0) >= choice.size)
+    assert len({nodes[name] for name in choose(choice)}) == 1
+
+
+# ==== Appendix E. Operations: the log; /healthz, /readyz and /metrics =================
 
 PREFIX = "tt_device_plugin_"
 # A card without telemetry goes, another is in trouble, is lost in a reset and comes
 # back with another N, a Pod gets it, the kubelet is restarted.
 LOST_CARD = "card wormhole-0D0CB6F1E7A50002 (n150, /dev/tenstorrent/"
+GONE = tt.KINDS["gone"].reason
 REGISTERED = (
     f"INFO registered {R150} with the kubelet: 2 cards, 2 healthy; "
     "socket S.sock; cause: "
@@ -2979,13 +3566,14 @@ folder DIR/k/device-plugins, sysfs DIR/sys, dev DIR/dev; cards: 2 n150, \
 INFO card wormhole-0D0CB6F1E7A50001 (n150, /dev/tenstorrent/0) is Healthy
 INFO {LOST_CARD}1) is Healthy
 WARNING card 0000:41:00.0 (model unknown, /dev/tenstorrent/2) is not offered: \
-{tt.REASONS["pending"]}
+{tt.KINDS["pending"].reason}
 {REGISTERED}start
 WARNING card 0000:41:00.0 (model unknown, /dev/tenstorrent/2) is gone; \
 it was not offered
-ERROR {LOST_CARD}1) is Unhealthy: its device node /dev/tenstorrent/1 is missing or \
-another device: is --dev-root the host's /dev?
-ERROR {LOST_CARD}1) is Unhealthy: {tt.REASONS["gone"]}
+ERROR {LOST_CARD}1) is Unhealthy: its device node /dev/tenstorrent/1 is missing, or is \
+not the device that sysfs names: see dmesg. Looked for in DIR/dev: is that the host's \
+/dev?
+ERROR {LOST_CARD}1) is Unhealthy: {GONE}
 INFO {LOST_CARD}5) is Healthy again, after N s
 INFO allocated card wormhole-0D0CB6F1E7A50001 (n150, /dev/tenstorrent/0), {LOST_CARD}5)
 WARNING the kubelet's stream of {R150} has ended: registering again
@@ -2995,12 +3583,17 @@ INFO a kubelet answers at DIR/k/device-plugins/kubelet.sock
 INFO told to stop, and done"""
 
 
-def fetch(server: Plugin | str, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
-    """Status and text of a page of a plugin, or of a server that says its port."""
-    if isinstance(server, Plugin):
-        server = server.wait_for_line('(INFO |")HTTP on port')
-    (port,) = re.findall(r"port (\d+)", server)
-    client = http.client.HTTPConnection(host, int(port), timeout=10)
+def port_of(plugin: Plugin) -> int:
+    """The port of its HTTP pages."""
+    line = plugin.wait_for_line('(INFO |")HTTP on port')
+    (port,) = re.findall(r"port (\d+)", line)
+    return int(port)
+
+
+def fetch(server: Plugin | int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
+    """Status and text of a page of a plugin, or of the server on this port."""
+    port = port_of(server) if isinstance(server, Plugin) else server
+    client = http.client.HTTPConnection(host, port, timeout=10)
     with contextlib.closing(client):
         client.request("GET", path)
         answer = client.getresponse()
@@ -3029,12 +3622,13 @@ def let_it_happen(
     for chip in (replace(THIRD, card_type=""), FIRST, SECOND):
         tree.add(chip)
     kubelet.start()
-    plugin = launch(tree, kubelet, f"--log-format={log_format}", HTTP)
+    flags = [HTTP, f"--log-format={log_format}", "--poll-seconds=0.3"]
+    plugin = launch(tree, kubelet, *flags)
     plugin.wait_for_line("registered")
     tree.remove(THIRD.pci)
     plugin.wait_for_line("it was not offered")
     relink(tree.node(SECOND.pci), "/dev/zero")
-    plugin.wait_for_line("another device")
+    plugin.wait_for_line("is not the device that sysfs names")
     tree.remove(SECOND.pci)
     plugin.wait_for_line("is gone from sysfs")
     tree.add(replace(SECOND, index=5))
@@ -3093,15 +3687,38 @@ def test_json_log_of_an_incident(kubelet: Kubelet, tree: Tree, launch: Launch) -
     by_message = {without_varying(one["msg"], tree, cause): one for one in objects}
     allocated = next(one for text, one in by_message.items() if "allocated" in text)
     back = by_message[f"{LOST_CARD}5) is Healthy again, after N s"]
-    lost = by_message[f"{LOST_CARD}1) is Unhealthy: {tt.REASONS['gone']}"]
+    lost = by_message[f"{LOST_CARD}1) is Unhealthy: {GONE}"]
     assert objects[0].keys() == plain
     assert allocated.keys() == {*plain, "resource"}
     assert back.keys() == {*plain, "resource", "card", "since"}
     assert lost.keys() == {*plain, "resource", "card", "since", "reason"}
     assert (lost["card"], lost["resource"]) == (SECOND.id, R150)
-    assert lost["reason"] == tt.REASONS["gone"]
-    since = [one["ts"] for one in objects if "is Unhealthy" in one["msg"]]
-    assert lost["since"] == since[0]
+    assert lost["reason"] == GONE
+    first, _ = [one["ts"] for one in objects if "is Unhealthy" in one["msg"]]
+    assert seconds_of(first) - seconds_of(lost["since"]) in (0, 1)  # a line comes later
+
+
+def seconds_of(text: str) -> int:
+    """An RFC 3339 text in seconds since 1970."""
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def test_a_traceback_is_one_line_of_json() -> None:
+    """Without it no defect could be found; as lines of its own it would be no JSON."""
+    try:
+        raise ValueError("WHY\nAND HOW")
+    except ValueError:
+        record = log_record("it failed", exc_info=sys.exc_info())
+    line = tt.JsonFormatter().format(record)
+    assert "\n" not in line
+    shown = json.loads(line)["exception"]
+    assert shown.startswith("Traceback")
+    assert shown.endswith("ValueError: WHY\nAND HOW")
+
+
+def log_record(text: str, **facts: Any) -> logging.LogRecord:
+    """A line of the log."""
+    return logging.makeLogRecord({"msg": text, "levelname": "ERROR", **facts})
 
 
 # ---- Metrics ----
@@ -3134,23 +3751,47 @@ heartbeat_age_seconds card=A chip=01 9
 tt_asic_temperature_celsius card=A chip=01 54.3
 tt_thermal_throttle_limit_celsius card=A chip=01 75
 tt_ai_clock_mhz card=A chip=01 500
+tt_arc_clock_mhz card=A chip=01 540
+tt_axi_clock_mhz card=A chip=01 900
 tt_tdp_w card=A chip=01 15
+tt_tdp_limit_w card=A chip=01 100
 tt_tdc_a card=A chip=01 18
 tt_vcore_v card=A chip=01 0.795
 tt_fan_speed_rpm card=A chip=01 1200
 tt_thermal_trips_total card=A chip=01 2
+tt_pcie_link_speed_gts card=A chip=01 2.5
+tt_pcie_link_max_speed_gts card=A chip=01 16
+tt_pcie_link_width card=A chip=01 8
+tt_pcie_link_max_width card=A chip=01 16
+tt_pcie_correctable_errors_total card=A chip=01 3
 device_node_users card=A chip=01 2
 junk_readings_total card=A chip=01 0
 """
+# What only some chips, firmwares and hosts have. The table of errors has Linux' form.
+MORE_SENSORS = {
+    "tt_arcclk": "540",
+    "tt_axiclk": "900",
+    "tt_therm_trip_count": "2",
+    "device/current_link_speed": "2.5 GT/s PCIe",
+    "device/max_link_speed": "16.0 GT/s PCIe",
+    "device/current_link_width": "8",
+    "device/max_link_width": "16",
+    "device/aer_dev_correctable": "RxErr 2\nBadTLP 1\nBadDLLP 0\nTOTAL_ERR_COR 3",
+}
 
 
 def metrics_of(root: Path) -> tt.Metrics:
-    """What a scrape reads of a plugin that has polled this tree once."""
-    settings = tt.Settings(sysfs_root=root / "sys", dev_root=root / "dev")
+    """What a scrape reads of a plugin that has polled this tree once.
+
+    Each chip is read once: the interval is long. After two more polls its reader would
+    count as one that hangs.
+    """
+    settings = tt.Settings(
+        sysfs_root=root / "sys", dev_root=root / "dev", poll_seconds=60.0
+    )
     inventory = tt.Inventory(settings)
     inventory.poll(100.0)
-    shared = tt.Shared(inventory, tt.preferred_allocation, lambda cards: [])
-    return tt.Metrics(tt.Registrar(shared))
+    return tt.Metrics(tt.Registrar(tt.Shared(inventory, tt.preferred_allocation)))
 
 
 def add_all_sensors(tree: Tree) -> None:
@@ -3159,28 +3800,13 @@ def add_all_sensors(tree: Tree) -> None:
     shutil.copytree(monitors / "hwmon2", monitors / "hwmon10")
     (monitors / "hwmon2/temp1_input").write_text("99000\n")
     (monitors / "hwmon10/fan1_input").write_text("1200\n")
-    tree.set(FIRST.pci, "tt_therm_trip_count", "2\n")
+    for file, text in MORE_SENSORS.items():
+        tree.set(FIRST.pci, file, f"{text}\n")
     tree.write(tree.root / "proc/driver/tenstorrent/0/pids", "17\n4711\n")
 
 
-def test_every_metric(workdir: Path) -> None:
-    """A card that is gone keeps its verdict. Its readings would look new: none."""
-    blind = replace(
-        THIRD, card_type="", asic_id="", serial="", firmware="", heartbeat=False
-    )
-    tree = Tree(workdir, [FIRST, SECOND, blind])
-    add_all_sensors(tree)
-    metrics = metrics_of(workdir)
-    tree.remove(SECOND.pci)
-    metrics.inventory.poll(101.0)
-    metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=DRIVER)
-    count = metrics.registrar.shared.count
-    count("allocations_total", 3, resource=R150)
-    count("registrations_total", 2, resource=R150, cause="start")
-    count("refusals_total", resource=R150, call="Allocate", code="NOT_FOUND")
-    page = metrics.page(109.0)
-    assert {*re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)} == tt.METRICS.keys()
-
+def shortened(page: str) -> str:
+    """The samples of a metrics page with the names that PAGE has."""
     text = "\n".join(samples(page))
     text = re.sub(r"0000:(..):00\.0", r"\1", text)
     text = text.replace("/dev/tenstorrent", "DEV")
@@ -3197,25 +3823,93 @@ def test_every_metric(workdir: Path) -> None:
         R150: "R",
     }.items():
         text = text.replace(f"={name} ", f"={short} ")
-    assert sorted(text.splitlines()) == sorted(PAGE.strip().splitlines())
+    return text
 
 
-def test_junk_readings_are_counted_and_not_shown(workdir: Path) -> None:
+def test_every_metric(tree: Tree) -> None:
+    """A card that is gone keeps its verdict. Its readings would look new: none."""
+    blind = replace(
+        THIRD, card_type="", asic_id="", serial="", firmware="", heartbeat=False
+    )
+    for chip in (FIRST, SECOND, blind):
+        tree.add(chip)
+    add_all_sensors(tree)
+    metrics = metrics_of(tree.root)
+    tree.remove(SECOND.pci)
+    metrics.inventory.poll(101.0)
+    metrics.inventory.snapshot = replace(metrics.inventory.snapshot, driver=DRIVER)
+    count = metrics.registrar.shared.count
+    count(f"{PREFIX}allocations_total", 3, resource=R150)
+    count(f"{PREFIX}registrations_total", 2, resource=R150, cause="start")
+    count(f"{PREFIX}refusals_total", resource=R150, call="Allocate", code="NOT_FOUND")
+    page = metrics.page(109.0)
+    assert {*re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)} == tt.HELP.keys()
+    assert sorted(shortened(page).splitlines()) == sorted(PAGE.strip().splitlines())
+
+
+# How a sensor's file says a number.
+FORMS: dict[Any, str] = {
+    tt.whole_number: "{}",
+    tt.link_speed: "{} GT/s PCIe",
+    tt.total_errors: "RxErr 1\nTOTAL_ERR_COR {}\n",
+}
+# All but that which counts how often a device node is open, which cannot be junk.
+NUMBERS = [sensor for sensor in tt.SENSORS if sensor.parse in FORMS]
+
+
+@pytest.fixture
+def heartless(workdir: Path) -> Tree:
+    """A node with one chip that has no heartbeat, as drivers before 2.7 have it."""
+    return Tree(workdir, [replace(FIRST, heartbeat=False)])
+
+
+@pytest.mark.parametrize("sensor", NUMBERS, ids=[sensor.metric for sensor in NUMBERS])
+def test_junk_readings_are_counted_and_not_shown(
+    heartless: Tree, sensor: tt.Sensor
+) -> None:
     """Stale telemetry, a dead bus, and what is below 0, as chips were seen to show."""
-    tree = Tree(workdir, [FIRST])
-    metrics = metrics_of(workdir)
-    junk = 0
-    for metric, (file, highest, *_) in [*tt.SENSORS.items()][:-1]:
-        file = file.replace("hwmon/", "device/hwmon/hwmon2/")
-        good = f"{highest}"
-        for text in (good, f"{highest + 1}", "4294967295", "-1", "N/A", "", None):
-            tree.set(FIRST.pci, file, text)
-            if text not in (good, None):
-                junk += 1
-            page = samples(metrics.page(109.0), f"chip={FIRST.pci}")
-            shown = any(metric in line for line in page)
-            assert shown == (text == good), (metric, text)
-            assert page[-1].endswith(f" {junk}"), (metric, text)
+    metrics = metrics_of(heartless.root)
+    folders = {"class": ".", "pci": "device", "hwmon": "device/hwmon/hwmon2"}
+    file = f"{folders[sensor.folder]}/{sensor.file}"
+    form = FORMS[sensor.parse]
+    largest = int(sensor.largest)
+
+    def shown(text: str | None) -> tuple[bool, str]:
+        heartless.set(FIRST.pci, file, text)
+        *page, junk = samples(metrics.page(109.0), f"chip={FIRST.pci}")
+        return any(sensor.metric in line for line in page), junk.split()[-1]
+
+    assert shown(form.format(largest)) == (True, "0")
+    texts = [form.format(largest + 1), form.format(2**64), form.format(-1), "N/A", ""]
+    for count, text in enumerate(texts, start=1):
+        assert shown(text) == (False, f"{count}"), text
+    assert shown(None) == (False, f"{len(texts)}")
+
+
+@rows(
+    "metric, file, text, value",
+    """
+    PCIe 4          link_speed_gts      current_link_speed   16.0 GT/s PCIe   16
+    PCIe 1          link_speed_gts      current_link_speed   2.5 GT/s PCIe    2.5
+    an old kernel   link_max_speed_gts  max_link_speed       8 GT/s           8
+    no link         link_speed_gts      current_link_speed   Unknown          -
+    no link's most  link_max_speed_gts  max_link_speed       Unknown          -
+    lanes           link_width          current_link_width   4                4
+    no link's       link_max_width      max_link_width       255              -
+    a table's sum   correctable_errors  aer_dev_correctable\
+  RxErr 2|Rollover 5|TOTAL_ERR_COR 7  7
+    no sum          correctable_errors  aer_dev_correctable  RxErr 2|Rollover 5  -
+    """,
+)
+def test_what_a_pci_file_says(
+    heartless: Tree, metric: str, file: str, text: str, value: str
+) -> None:
+    """As Linux writes it. What is no number is counted as junk."""
+    heartless.set(FIRST.pci, f"device/{file}", text.replace("|", "\n") + "\n")
+    *page, junk = samples(metrics_of(heartless.root).page(109.0), "chip=")
+    found = [line.split()[-1] for line in page if f"tt_pcie_{metric}" in line]
+    assert found == [value] * (value != "-")
+    assert junk.split()[-1] == f"{int(value == '-')}"
 
 
 @rows(
@@ -3229,53 +3923,87 @@ def test_junk_readings_are_counted_and_not_shown(workdir: Path) -> None:
     """,
 )
 def test_sensors_are_read_from_driver_2_7_on(
-    workdir: Path, driver: str, readable: str
+    heartless: Tree, driver: str, readable: str
 ) -> None:
     """Before that a read could oops the kernel."""
-    Tree(workdir, [FIRST])
-    metrics = metrics_of(workdir)
+    metrics = metrics_of(heartless.root)
     snapshot = replace(metrics.inventory.snapshot, driver=driver.strip("-"))
     metrics.inventory.snapshot = snapshot
     shown = samples(metrics.page(109.0), "tt_ai_clock_mhz")
     assert len(shown) == (readable == "yes")
 
 
-def temperatures(metrics: tt.Metrics) -> list[str]:
-    """Chip and value of each temperature that a scrape shows."""
-    lines = samples(metrics.page(101.0), "asic_temperature")
+def temperatures(page: str) -> list[str]:
+    """Chip and value of each temperature on a metrics page."""
+    lines = samples(page, "asic_temperature")
     return [line.split("chip=")[1] for line in lines]
 
 
-def test_a_sensor_that_hangs_holds_up_one_scrape(workdir: Path) -> None:
-    """The next ones leave that chip out, until the read returns."""
-    tree = Tree(workdir, [FIRST, SECOND])
-    file = "device/hwmon/hwmon2/temp1_input"
-    other = f"{SECOND.pci} 54.3"
-    metrics = metrics_of(workdir)
-    tree.hang(FIRST.pci, file)
+TEMPERATURE = "device/hwmon/hwmon2/temp1_input"
+SECOND_SHOWN = f"{SECOND.pci} 54.3"
+
+
+@contextlib.contextmanager
+def hanging_scrape(
+    tree: Tree, scrape: Callable[[], Any]
+) -> Iterator[tuple[Future[Any], ThreadPoolExecutor]]:
+    """One that hangs in a read of the first chip's temperature, until the end.
+
+    The pool that it runs in is for others that could hang, too.
+    """
+    tree.hang(FIRST.pci, TEMPERATURE)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(temperatures, metrics)
-        with open(
-            tree.entry(FIRST.pci) / file, "w"
-        ):  # waits for that scrape to open it
+        hanging = pool.submit(scrape)
+        # Opening a FIFO waits for who reads it.
+        with open(tree.entry(FIRST.pci) / TEMPERATURE, "w"):
             try:
-                assert pool.submit(temperatures, metrics).result(5) == [other]
-                assert not first.done()
+                yield hanging, pool
             finally:
-                tree.release(FIRST.pci, file, "60000\n")
-        expected = [f"{FIRST.pci} 60", other]
-        assert first.result(5) == expected
-        assert temperatures(metrics) == expected
+                tree.release(FIRST.pci, TEMPERATURE, "60000\n")
 
 
-def test_no_scrape_waits_for_a_chip_whose_poll_hangs(workdir: Path) -> None:
-    """It is left out."""
-    tree = Tree(workdir, [FIRST, SECOND])
-    metrics = metrics_of(workdir)
-    tree.hang(FIRST.pci, "tt_heartbeat")
-    metrics.inventory.poll(102.0)
-    assert temperatures(metrics) == [f"{SECOND.pci} 54.3"]
-    tree.release(FIRST.pci, "tt_heartbeat", "7\n")
+def test_a_sensor_that_hangs_holds_up_one_scrape(tree: Tree) -> None:
+    """The next ones leave that chip out, until the read returns."""
+    tree.add(FIRST)
+    tree.add(SECOND)
+    metrics = metrics_of(tree.root)
+    scrape = functools.partial(metrics.page, 101.0)
+    with hanging_scrape(tree, scrape) as (first, pool):
+        assert temperatures(pool.submit(scrape).result(5)) == [SECOND_SHOWN]
+        assert not first.done()
+    expected = [f"{FIRST.pci} 60", SECOND_SHOWN]
+    assert temperatures(first.result(5)) == expected
+    assert temperatures(scrape()) == expected
+
+
+def test_a_sensor_that_hangs_holds_up_no_probe(
+    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound
+) -> None:
+    """Nor the polls: what reads files runs in a thread of its own."""
+    plugin = launch(four, kubelet, HTTP, offers=4)
+    mark = kubelet.log.mark()
+    ask = functools.partial(fetch, plugin, "/metrics")
+    with hanging_scrape(four, ask) as (scrape, _):
+        began = time.monotonic()
+        assert fetch(plugin, "/healthz")[0] == 200
+        bound("a probe while a scrape hangs", time.monotonic() - began, 1.0)
+        four.remove(FOURTH.pci)
+        kubelet.wait_status(R150, 4, 3, after=mark)
+        assert not scrape.done()
+    _, page = scrape.result(5)
+    assert f"{FIRST.pci} 60" in temperatures(page)
+
+
+def test_no_scrape_waits_for_a_chip_whose_reader_hangs(
+    kubelet: Kubelet, four: Tree, launch: Launch
+) -> None:
+    """It is left out, as its sensors may hang, too. The others are shown."""
+    plugin = launch(four, kubelet, FAST, HTTP, offers=4)
+    four.hang(FIRST.pci, "tt_heartbeat")
+    three = [f"{chip.pci} 54.3" for chip in (SECOND, THIRD, FOURTH)]
+    wait_until(lambda: temperatures(fetch(plugin, "/metrics")[1]) == three)
+    four.hang(FIRST.pci, TEMPERATURE)
+    assert temperatures(fetch(plugin, "/metrics")[1]) == three
 
 
 # ---- Pages ----
@@ -3286,29 +4014,18 @@ def test_healthz(poll_seconds: float, limit: int) -> None:
     """503 if polls do not go on. How long is too long follows --poll-seconds."""
     inventory = tt.Inventory(tt.Settings(poll_seconds=poll_seconds))
     inventory.polled_at = 1000.0
-    inventory.failure.problem = "WHY"
-    loop = asyncio.new_event_loop()
+    inventory.poll_trouble.problem = "WHY"
     text = f"stuck: the last poll ended {limit + 1} s ago. WHY"
-    assert tt.alive(inventory, loop, 1001.0 + limit) == (503, text)
-    loop.close()
-
-
-def test_healthz_of_a_stuck_event_loop() -> None:
-    """503, as a restart can mend it."""
-    inventory = tt.Inventory(tt.Settings())
-    inventory.polled_at = 1000.0
-    loop = asyncio.new_event_loop()  # it does not run
-    text = "stuck: the event loop does not answer"
-    assert tt.alive(inventory, loop, 1001.0) == (503, text)
-    loop.close()
+    assert tt.healthz(inventory, 1001.0 + limit) == (503, text)
+    text = f"ok: the last poll ended {limit}.0 s ago. WHY"
+    assert tt.healthz(inventory, 1000.0 + limit) == (200, text)
 
 
 def test_readyz_before_the_first_poll() -> None:
     """503: nobody knows yet what there is to register."""
-    inventory = tt.Inventory(tt.Settings())
-    shared = tt.Shared(inventory, tt.preferred_allocation, lambda cards: [])
+    shared = tt.Shared(tt.Inventory(tt.Settings()), tt.preferred_allocation)
     expected = (503, "the first poll has not ended yet")
-    assert tt.ready(tt.Registrar(shared)) == expected
+    assert tt.readyz(tt.Registrar(shared)) == expected
 
 
 def test_readyz(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
@@ -3360,6 +4077,171 @@ def test_unknown_pages(kubelet: Kubelet, tree: Tree, launch: Launch) -> None:
     assert fetch(plugin, "/") == (404, text)
 
 
+# ---- The HTTP server ----
+
+LARGE = "x" * 4_000_000  # more than the buffers of a connection hold
+
+
+async def large_page() -> tt.Page:
+    """A page of a server for tests."""
+    return tt.Page(HTTPStatus.OK, LARGE)
+
+
+async def small_page() -> tt.Page:
+    """Another one."""
+    return tt.Page(HTTPStatus.OK, "text")
+
+
+async def broken_page() -> tt.Page:
+    """One that has a defect."""
+    raise ValueError("WHY")
+
+
+PAGES = {"/large": large_page, "/small": small_page, "/broken": broken_page}
+
+
+@contextlib.contextmanager
+def serving_pages(address: str = "127.0.0.1:0") -> Iterator[int]:
+    """The plugin's HTTP server with these pages, in a thread: its port."""
+    port: Future[int] = Future()
+    ended = threading.Event()
+
+    async def serve() -> None:
+        pages = tt.PageServer(PAGES)
+        server = await pages.listen(tt.listen_address(address))
+        port.set_result(server.sockets[0].getsockname()[1])
+        await asyncio.to_thread(ended.wait)
+        server.close()
+        pages.close_clients()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        yield port.result(10)
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def pages() -> Iterator[int]:
+    """The port of a server with PAGES."""
+    with serving_pages() as port:
+        yield port
+
+
+def dial_http(port: int) -> socket.socket:
+    """A new connection. Its reads wait less long than the server does at its end."""
+    return socket.create_connection(("127.0.0.1", port), timeout=tt.REQUEST_S - 1)
+
+
+def receive_all(client: socket.socket) -> bytes:
+    """What comes until the server ends the connection. Raises if that is a reset."""
+    return b"".join(iter(functools.partial(client.recv, 65536), b""))
+
+
+def answer_to(port: int, request: bytes) -> tuple[int, bytes]:
+    """Status, and the whole answer."""
+    with dial_http(port) as client:
+        client.sendall(request)
+        answer = receive_all(client)
+    return int(answer.split(b" ")[1]), answer
+
+
+@rows(
+    "said_by_client, status",
+    """
+    GET                   GET /small HTTP/1.1|Host: x   200
+    an old client         GET /small HTTP/1.0           200
+    a query               GET /small?y=z HTTP/1.1       200
+    no such page          GET / HTTP/1.1                404
+    no page of that form  GET http://x/small HTTP/1.1   404
+    POST                  POST /small HTTP/1.1          405
+    DELETE                DELETE /small HTTP/1.1        405
+    another HTTP          GET /small HTTP/9.9           400
+    no HTTP               GET /small                    400
+    a lower-case method   get /small HTTP/1.1           400
+    binary                \x01\x02\x03                  400
+    """,
+)
+def test_what_a_request_is_answered(
+    pages: int, said_by_client: str, status: str
+) -> None:
+    """It is whole once there is an empty line ("|" stands for an end of line)."""
+    text = said_by_client.replace("|", "\r\n") + "\r\n\r\n"
+    found, answer = answer_to(pages, text.encode())
+    assert found == int(status)
+    head, body = answer.split(b"\r\n\r\n")
+    assert f"\r\nContent-Length: {len(body)}\r\n".encode() in head
+    assert b"\r\nAllow: GET, HEAD\r\n" in head
+
+
+def test_head_is_answered_with_the_head_of_the_page(pages: int) -> None:
+    """And its length, but no text."""
+    _, whole = answer_to(pages, b"GET /small HTTP/1.1\r\n\r\n")
+    _, head = answer_to(pages, b"HEAD /small HTTP/1.1\r\n\r\n")
+    assert whole == head + b"text\n"
+
+
+def test_a_request_in_two_packets_is_one_request(pages: int) -> None:
+    """It is not answered before it is whole."""
+    with dial_http(pages) as client:
+        client.sendall(b"GET /sm")
+        # By then the server has read the first packet.
+        assert fetch(pages, "/small")[0] == 200
+        client.sendall(b"all HTTP/1.1\r\n\r\n")
+        assert receive_all(client).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(("size", "status"), [(8192, 200), (8300, 431), (80_000, 431)])
+def test_a_head_may_have_8_kib(pages: int, size: int, status: int) -> None:
+    """431 for a longer one, also if it never ends."""
+    text = b"GET /small HTTP/1.1\r\nX: "
+    padding = b"x" * (size - len(text) - 4)
+    assert answer_to(pages, text + padding + b"\r\n\r\n")[0] == status
+    if status == 431:
+        assert answer_to(pages, text + padding)[0] == status
+
+
+def test_unread_bytes_do_not_reset_the_connection(pages: int) -> None:
+    """A client that sends more than it has to gets the whole page."""
+    with dial_http(pages) as client:
+        client.sendall(b"GET /large HTTP/1.1\r\n\r\n" + b"x" * 300_000)
+        answer = receive_all(client)
+    _, body = answer.split(b"\r\n\r\n")
+    assert body.decode() == f"{LARGE}\n"
+
+
+def test_a_page_that_fails_is_seen(
+    pages: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is 500, and one line of the log with a traceback. The next one is answered."""
+    assert fetch(pages, "/broken") == (500, "ValueError('WHY')\n")
+    (record,) = caplog.records
+    assert record.getMessage() == "/broken failed"
+    assert record.exc_info
+    assert fetch(pages, "/small") == (200, "text\n")
+
+
+def test_the_client_that_has_waited_longest_is_dropped(pages: int) -> None:
+    """Once there are too many. The others can still ask."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial_http(pages)) for _ in range(tt.CLIENTS)]
+        assert fetch(pages, "/small")[0] == 200
+        assert receive_all(clients[0]) == b""
+        for client in (clients[1], clients[-1]):
+            client.sendall(b"GET /small HTTP/1.1\r\n\r\n")
+            assert receive_all(client).endswith(b"text\n")
+
+
+def test_listens_on_one_address_or_all() -> None:
+    """IPv4 and IPv6, as a Pod's address may be of either kind."""
+    for host in ("127.0.0.1", "[::1]")[: 1 + socket.has_dualstack_ipv6()]:
+        for address in (f"{host}:0", ":0"):
+            with serving_pages(address) as port:
+                assert fetch(port, "/small", host.strip("[]"))[0] == 200
+
+
 def nonsense() -> list[bytes]:
     """What is no HTTP request, or far too large for one."""
     head = b"".join(b"x%d: %s\r\n" % (n, b"a" * 65_000) for n in range(90))
@@ -3371,76 +4253,133 @@ def nonsense() -> list[bytes]:
     ]
 
 
-def test_silent_and_hostile_http_clients_hold_up_nobody(
-    kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
+def test_hostile_http_clients_cost_no_memory(
+    kubelet: Kubelet, tree: Tree, launch: Launch
 ) -> None:
-    """100 say nothing or half a request, others talk nonsense."""
+    """Those that talk nonsense, and those that say half a request."""
     plugin = launch(tree, kubelet, HTTP)
-    line = plugin.wait_for_line("HTTP on port")
-    address = ("127.0.0.1", int(re.findall(r"port (\d+)", line)[0]))
+    port = port_of(plugin)
     before = private_memory(plugin)
     hostile = nonsense()
     with contextlib.ExitStack() as stack:
-        for sent in hostile + [b"", b"GET /metr"] * 50:
-            connection = socket.create_connection(address, timeout=10)
-            client = stack.enter_context(connection)
+        for sent in hostile + [b"GET /metr"] * 50:
+            client = stack.enter_context(dial_http(port))
             with contextlib.suppress(ConnectionError):  # it has heard enough
                 client.sendall(sent)
                 assert sent not in hostile or b"metrics" not in client.recv(100)
-        assert private_memory(plugin) - before < 30_000
-        began = time.monotonic()
         status, text = fetch(plugin, "/healthz")
-        seconds = time.monotonic() - began
-    bound("a probe beside 100 silent HTTP clients", seconds, 1.0)
+        assert private_memory(plugin) - before < 10_000
     assert status == 200
     assert re.fullmatch(r"ok: the last poll ended [01]\.\d s ago\.\n", text)
 
 
-def test_listens_on_one_address_or_all() -> None:
-    """IPv4 and IPv6, as a Pod's address may be of either kind.
-
-    A page that fails says why.
-    """
-    pages: Any = {"/x": lambda: 1 / 0}
-    for host in ("127.0.0.1", "[::1]")[: 1 + socket.has_dualstack_ipv6()]:
-        for address in (f"{host}:0", ":0"):
-            said = tt.open_port(tt.listen_address(address), pages)
-            failed = (500, "ZeroDivisionError('division by zero')\n")
-            assert fetch(said, "/x?y=z", host.strip("[]")) == failed
+def peak_memory(plugin: Plugin) -> int:
+    """The most that was ever resident, in KiB, with what it shares with others."""
+    text = Path(f"/proc/{plugin.process.pid}/status").read_text()
+    (most,) = re.findall(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE)
+    return int(most)
 
 
-# ==== Appendix C. Files for other tools: a CDI specification, and node labels =========
+@contextlib.contextmanager
+def silent_clients(port: int) -> Iterator[threading.Semaphore]:
+    """A thousand that say nothing, and a hundred more each second: each is counted."""
+    clients = [dial_http(port) for _ in range(1000)]
+    arrived = threading.Semaphore(0)
+    done = threading.Event()
+
+    def keep_coming() -> None:
+        while not done.wait(0.01):
+            clients.append(dial_http(port))
+            arrived.release()
+
+    with ThreadPoolExecutor() as pool:
+        coming = pool.submit(keep_coming)
+        try:
+            yield arrived
+        finally:
+            done.set()
+    coming.result()
+    for client in clients:
+        client.close()
+
+
+def test_silent_http_clients_hold_up_no_probe(
+    kubelet: Kubelet, tree: Tree, launch: Launch, bound: Bound
+) -> None:
+    """A thousand, and a hundred more each second, with 1,024 file descriptors."""
+    plugin = launch(tree, kubelet, HTTP)
+    port = port_of(plugin)
+    prlimit(plugin.process.pid, RLIMIT_NOFILE, (1024, 1024))
+    slowest = 0.0
+    with silent_clients(port) as arrived:
+        for number in range(200):
+            assert arrived.acquire(timeout=10)
+            if number % 10 == 0:
+                began = time.monotonic()
+                assert fetch(port, "/healthz")[0] == 200
+                slowest = max(slowest, time.monotonic() - began)
+    bound("a probe beside 1,000 silent HTTP clients", slowest, 1.0)
+    assert peak_memory(plugin) < 60 * 1024
+    assert not plugin.lines("ERROR|WARNING")
+
+
+def test_stops_while_pages_are_asked_for(
+    kubelet: Kubelet, four: Tree, launch: Launch, bound: Bound
+) -> None:
+    """And while a client says nothing. Until then each page is answered."""
+    plugin = launch(four, kubelet, HTTP, offers=4)
+    port = port_of(plugin)
+    answered = threading.Semaphore(0)
+
+    def ask(path: str) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while fetch(port, path)[0] == 200:
+                answered.release()
+
+    with ThreadPoolExecutor() as pool, dial_http(port):
+        for path in ("/readyz", "/metrics", *["/healthz"] * 10):
+            pool.submit(ask, path)
+        for _ in range(50):
+            assert answered.acquire(timeout=10)
+        code, seconds = plugin.end()
+    assert code == 0
+    bound("SIGTERM to the end while pages are asked for", seconds, 1.0)
+
+
+# ==== Appendix F. Files for other tools: a CDI specification, and node labels =========
 
 
 class Keeper:
     """The files for other tools, of a node with an n150 and a p300."""
 
     def __init__(self, folder: Path) -> None:
+        self.tree = Tree(folder)
         later = [replace(chip, index=chip.index + 4) for chip in P300]
-        self.tree = Tree(folder, [FIRST, *later])
-        self.inventory = metrics_of(folder).inventory
+        for chip in (FIRST, *later):
+            self.tree.add(replace(chip, heartbeat=False))
         self.cdi = folder / "cdi"
         self.labels = folder / "labels"
-        settings = replace(
-            self.inventory.settings,
+        self.settings = tt.Settings(
+            sysfs_root=self.tree.sys,
+            dev_root=self.tree.dev,
             hugepages="always",
             cdi_dir=self.cdi,
             labels_dir=self.labels,
+            poll_seconds=0.1,  # a reader counts as one that hangs after 50 polls
         )
-        self.files = tt.KeptFiles(settings)
+        self.inventory = tt.Inventory(self.settings)
+        self.files = tt.KeptFiles(self.settings)
         self.file = self.cdi / CDI
         self.draft = self.cdi / f".{CDI}.new"
 
     def keep(self) -> dict[str, str]:
-        """The CDI file's names, each with its device nodes, after it was written.
+        """Poll, and write the files if need be: the CDI file's names, if there is one.
 
-        None unless all healthy cards have a name. podman judges the rest of the file.
+        Each has its device nodes. podman judges the rest of the file.
         """
-        snapshot = self.inventory.snapshot
-        self.files.keep(snapshot)
+        self.files.keep(self.inventory.poll(time.monotonic()))
         self.files._thread.join(5)
-        healthy = [card for card in snapshot.cards if card.verdict.health == "Healthy"]
-        if not self.files.cdi_names(healthy):
+        if not self.file.exists():
             return {}
         nodes = {}
         for one in json.loads(self.file.read_text())["devices"]:
@@ -3465,13 +4404,11 @@ CDI_NAMES = {
 
 
 def test_names_in_the_cdi_file(workdir: Path) -> None:
-    """Each healthy card by ID and by N, and all. Others can read the file."""
+    """Each healthy card by ID and by N, and all."""
     keeper = Keeper(workdir)
     assert keeper.keep() == CDI_NAMES
     assert keeper.file.read_text().count('"containerPath": "/dev/hugepages-1G"') == 6
     assert keeper.listing() == [CDI, LABELS]
-    names = [f"tenstorrent.com/card={card_id}" for card_id in (FIRST.id, P300_ID)]
-    assert keeper.files.cdi_names(keeper.inventory.snapshot.cards) == names
 
 
 def test_kept_files_are_written_if_need_be(workdir: Path) -> None:
@@ -3489,13 +4426,10 @@ def test_the_cdi_file_follows_n_and_health(workdir: Path) -> None:
     """Without healthy cards there is none."""
     keeper = Keeper(workdir)
     keeper.tree.move(FIRST.pci, 7)
-    keeper.inventory.poll(101.0)
     assert keeper.keep()["7"] == "/dev/tenstorrent/7"
     keeper.tree.remove(FIRST.pci)
-    keeper.inventory.poll(102.0)
     assert keeper.keep()["all"] == P300_NODES
     keeper.tree.remove(P300[0].pci)
-    keeper.inventory.poll(103.0)
     assert not keeper.keep()
     assert keeper.listing() == [LABELS]
 
@@ -3503,18 +4437,16 @@ def test_the_cdi_file_follows_n_and_health(workdir: Path) -> None:
 def test_a_file_that_cannot_be_written(
     workdir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is tried again, and said once; no name of it is given out meanwhile."""
+    """It is tried again, and said once. What is there stays meanwhile."""
     caplog.set_level(logging.INFO, "tt-device-plugin")
     keeper = Keeper(workdir)
     keeper.keep()
     keeper.draft.mkdir()
     keeper.tree.move(FIRST.pci, 7)
-    keeper.inventory.poll(101.0)
-    assert [keeper.keep(), keeper.keep()] == [{}, {}]
-    keeper.tree.move(FIRST.pci, 0)  # the file is right again before it was written
-    keeper.inventory.poll(102.0)
     assert [keeper.keep(), keeper.keep()] == [CDI_NAMES, CDI_NAMES]
     keeper.draft.rmdir()
+    assert "7" in keeper.keep()
+    assert "7" in keeper.keep()
     assert [record.getMessage() for record in caplog.records] == [
         f"cannot keep {keeper.file}: Is a directory; trying again",
         f"{keeper.file} is kept again",
@@ -3555,18 +4487,37 @@ def test_kept_files_are_for_everybody(
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
 
 
-def test_with_cdi_a_card_whose_n_has_changed_is_refused(
+def test_pods_are_given_no_cdi_name(
     kubelet: Kubelet, tree: Tree, launch: Launch, kept: list[Path]
 ) -> None:
-    """CDI's device nodes do not follow it."""
+    """It would follow N, not the card. The file is for podman and docker."""
     tree.add(replace(FIRST, by_id=True))
     launch(tree, kubelet, *keep_flags(kept), offers=1)
-    wait_until(lambda: kubelet.allocate(R150, [FIRST.id])["cdi_devices"])
-    kubelet.pre_start(R150, [FIRST.id])
-    tree.move(FIRST.pci, 4)
-    wait_until(lambda: kept[0].exists() and "/4" in kept[0].read_text())
-    with refused("FAILED_PRECONDITION", "/dev/tenstorrent/0", "delete the Pod"):
-        kubelet.pre_start(R150, [FIRST.id])
+    wait_until(kept[0].exists)
+    answer = kubelet.allocate(R150, [FIRST.id])
+    assert answer["devices"]
+    assert not answer["cdi_devices"]
+    assert not answer["annotations"]
+
+
+def test_one_without_the_lock_leaves_the_files_alone(
+    kubelet: Kubelet, four: Tree, launch: Launch, kept: list[Path]
+) -> None:
+    """Also where it has no lock because it cannot be had, and at its end."""
+    launch(four, kubelet, *keep_flags(kept), FAST, offers=4)
+    for path in kept:
+        wait_until(path.exists)
+    before = [path.stat() for path in kept]
+    elsewhere = four.root / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "device-plugins").touch()  # no folder, so it cannot be locked
+    flags = [*four.flags, *keep_flags(kept), f"--kubelet-dir={elsewhere}"]
+    flags += ["--hugepages=always", "--resource-domain=x.org"]  # it would write others
+    with contextlib.closing(Plugin([*COMMAND, *flags])) as other:
+        other.wait_for_line("cannot lock .*: Not a directory")
+        other.wait_for_line(f"{FOURTH.id} .* is Healthy")
+        assert other.end()[0] == 0
+    assert [path.stat() for path in kept] == before
 
 
 def test_one_that_stands_by_leaves_the_files_alone(
@@ -3652,7 +4603,7 @@ def test_no_label_for_different_firmware(workdir: Path) -> None:
     assert tt.node_labels(settings, replace(mixed, cards=())) == ""
 
 
-# ==== Appendix D. The command line: flags, --list, --dry-run, --fake ==================
+# ==== Appendix G. The command line: flags, --list, --dry-run, --fake ==================
 
 # Each flag, two values that are right, and wrong ones. "-": a switch, whose variable
 # has a value.
@@ -3743,6 +4694,42 @@ def test_readme_names_each_flag() -> None:
     assert {*find_flags(" ".join(arguments))} <= FLAG_NAMES
 
 
+def test_readme_sets_no_unknown_variable() -> None:
+    """It would have no effect, and nobody would be told."""
+    named = {*re.findall(r"\bTT_DEVICE_PLUGIN_[A-Z_]+", README)}
+    assert named <= {variable_of(flag) for flag in FLAG_NAMES}
+
+
+def test_readme_and_help_have_one_wording() -> None:
+    """A flag's meaning in README is what --help says, and may say more after that."""
+    meanings = {}
+    for flags, _, _, meaning in table("flag"):
+        name, _, metavar = in_code(flags)[0].replace("\\|", "|").partition(" ")
+        meanings[name] = (metavar, meaning.replace("`", ""))
+    shown = " ".join(run(COMMAND, "--help", COLUMNS="300").stdout.split())
+    for flag in tt.FLAGS:
+        metavar, meaning = meanings[flag.name]
+        assert metavar == flag.metavar
+        assert re.fullmatch(re.escape(flag.help) + r"([;.] .+)?", meaning), flag.name
+        about = f"{flag.name} {flag.metavar}".strip()
+        assert f"{about} {flag.help}" in shown
+
+
+def test_readme_and_help_have_one_default() -> None:
+    """What a flag is without being set; "off" is nothing."""
+    shown = " ".join(run(COMMAND, "--help", COLUMNS="300").stdout.split())
+    for flags, _, default, _ in table("flag")[:-1]:
+        (name,) = find_flags(flags)
+        text = default.strip("`")
+        options = tt.parse([], {})
+        value = getattr(options, name.removeprefix("--").replace("-", "_"))
+        if text == "off":
+            assert not value, name
+        else:
+            assert str(value).removesuffix(".0") == text
+            assert f"(default: {value})" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -3783,9 +4770,10 @@ def test_list_without_cards(workdir: Path) -> None:
 
 
 @pytest.fixture
-def mixed(workdir: Path) -> Tree:
+def mixed(tree: Tree) -> Tree:
     """A node with cards in any state."""
-    tree = Tree(workdir, [FIRST, FOURTH])
+    tree.add(FIRST)
+    tree.add(FOURTH)
     tree.add(replace(SECOND, card_type=""))
     tree.add(replace(THIRD, card_type="unknown"))
     for chip in P300:
@@ -3836,6 +4824,32 @@ def test_list_in_columns(mixed: Tree) -> None:
     assert "vfio-pci" in no_driver
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_list_that_nobody_reads_ends_by_a_signal(
+    tmp_path: Path, bound: Bound, how: signal.Signals
+) -> None:
+    """At once, with exit code 0, and without a trace of made-up cards."""
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    command = [*COMMAND, "--fake=n150=40", "--list", "--json"]
+    env = environment(TMPDIR=str(tmp_path))
+    with contextlib.closing(Plugin(command, stdout=writer, env=env)) as plugin:
+        os.close(writer)
+        wait_until(lambda: unread(reader) == size)
+        code, seconds = plugin.end(how)
+        os.close(reader)
+    assert code == 0
+    assert not plugin.lines()
+    bound(f"{how.name} to the end of --list", seconds, 1.0)
+    assert not os.listdir(tmp_path)
+
+
+def unread(pipe: int) -> int:
+    """How many bytes wait in a pipe."""
+    answer = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
 # ---- --dry-run ----
 
 
@@ -3872,6 +4886,43 @@ def test_dry_run_says_after_which_step_it_failed(
     assert done.returncode == 1
     assert "\nFAILED after the step above: " in done.stdout
     assert done.stdout.split("\n\n")[-2].lstrip().startswith(step), done.stdout
+
+
+def test_a_dry_run_says_why_its_plugin_has_ended() -> None:
+    """It does not wait for a registration that will not come."""
+
+    async def fail() -> None:
+        raise tt.CannotWork("WHY")
+
+    async def wait() -> None:
+        plugin = asyncio.create_task(fail())
+        await tt.next_request(tt.DryRunKubelet(), plugin)
+
+    with pytest.raises(tt.CannotWork, match="WHY"):
+        asyncio.run(wait())
+
+
+# Runs the plugin in an interpreter to which something was done first.
+PROGRAM = """
+import importlib.machinery, os, runpy, signal, sys, tempfile
+{}
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+NO_TEMPORARY_FOLDER = "tempfile._candidate_tempdir_list = lambda: ['/nowhere']"
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--list"])
+def test_cannot_work_without_a_temporary_folder(flag: str) -> None:
+    """Exit code 1, and a sentence that says what to set."""
+    path = f"sys.path.insert(0, {str(HERE)!r})"
+    program = PROGRAM.format(f"{path}; {NO_TEMPORARY_FOLDER}")
+    command = [sys.executable, "-c", program, COMMAND[-1]]
+    done = run(command, "--fake=n150=1", flag)
+    assert done.returncode == 1
+    assert re.search(
+        r"^\S+ ERROR cannot make a temporary folder: .*set TMPDIR.*\n$", done.stderr
+    )
 
 
 @pytest.mark.parametrize("uid", [0, 65534])
@@ -3912,7 +4963,8 @@ def build_words(packed: Path) -> list[str]:
 
 
 @pytest.fixture(
-    params=[PYZ, pytest.param(UNIVERSAL, marks=long_only)], ids=lambda file: file.name
+    params=[PYZ, pytest.param(UNIVERSAL, marks=long_only)],
+    ids=[PYZ.name, UNIVERSAL.name],
 )
 def packed(request: pytest.FixtureRequest) -> Path:
     """The file for this interpreter; with --long the universal one, too."""
@@ -4128,6 +5180,7 @@ mount --bind "$WORKDIR" mnt; mount --bind "$HERE" srv; mount --bind /usr/bin hom
 for each in mnt srv home; do mount -o remount,bind,ro $each; done
 mount --bind "$WORKDIR/k/device-plugins" mnt/k/device-plugins
 mount -o remount,bind,ro .
+# shellcheck disable=SC2086  # $VARIABLES are several words
 exec env -i PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin $VARIABLES \
     chroot --userspec=65532:65532 . "$@"
 """
@@ -4211,10 +5264,12 @@ def test_serves_as_an_image(four: Tree, open_kubelet: Kubelet, tmp_path: Path) -
     assert "image: localhost/plugin:1\n" in (HERE / "dist/daemonset.yaml").read_text()
     *_, text, box["ROOT"] = done.stdout.splitlines()
     config = json.loads(text)
-    box["VARIABLES"] = " ".join(config["Env"])
+    box["VARIABLES"] = " ".join([*config["Env"], "TMPDIR=/mnt/k/device-plugins"])
     python, *words = config["Entrypoint"]
 
-    done = run([*IN_BOX, python, "-v", *words, "--version"], **box)
+    # Made-up cards need what the plugin imports last, and a folder to write to.
+    flags = ["--fake=n150=1", "--list"]
+    done = run([*IN_BOX, python, "-v", *words, *flags], **box)
     pattern = r"^# code object from '?(/.*\.py)'?$"
     assert done.returncode == 0
     assert re.findall(pattern, done.stderr, re.MULTILINE) == []
@@ -4252,19 +5307,20 @@ def check_version(command: Sequence[str], code: int, says: str) -> None:
     assert re.search(says, said), said
 
 
-# Runs a packed file in this process after something was done to it.
-PROGRAM = """
-import importlib.machinery, os, runpy, sys
-{}
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def changed(packed: Path, change: str) -> list[str]:
+    """What runs a packed file in an interpreter to which this was done first."""
+    return [sys.executable, "-c", PROGRAM.format(change), str(packed)]
 
 
 @pytest.mark.parametrize(
     ("change", "code", "says"),
     [
         ("del os.memfd_create", 0, f"^tt-device-plugin {tt.__version__} "),
+        (
+            f"del os.memfd_create; {NO_TEMPORARY_FOLDER}",
+            1,
+            "cannot start: .* needs memfd_create, or a folder for temporary files",
+        ),
         (
             "sys.modules['asyncio'] = None",
             1,
@@ -4276,8 +5332,20 @@ def test_packed_file_says_what_is_missing(
     packed: Path, change: str, code: int, says: str
 ) -> None:
     """In one sentence; it can do without memfd_create."""
-    command = [sys.executable, "-c", PROGRAM.format(change), str(packed)]
-    check_version(command, code, says)
+    check_version(changed(packed, change), code, says)
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_packed_file_ends_by_a_signal_while_it_starts(packed: Path, how: str) -> None:
+    """With exit code 0, and without a traceback."""
+    change = f"""
+def send(event, arguments):
+    if event == "import" and arguments[0] == "grpc":
+        signal.raise_signal(signal.{how})
+sys.addaudithook(send)
+"""
+    done = run(changed(packed, change), "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_packed_file_names_its_pythons(packed: Path) -> None:
@@ -4286,7 +5354,7 @@ def test_packed_file_names_its_pythons(packed: Path) -> None:
     versions = ", ".join(f"3.{minor}" for minor in minors)
     says = f"is not for this Python.* CPython {versions} on "
     change = "importlib.machinery.EXTENSION_SUFFIXES[:] = ['.cpython-399-other.so']"
-    check_version([sys.executable, "-c", PROGRAM.format(change), str(packed)], 1, says)
+    check_version(changed(packed, change), 1, says)
     for minor, path in interpreters().items():
         if minor < min(PYTHONS):
             check_version([path, str(packed)], 1, says)
@@ -4295,7 +5363,8 @@ def test_packed_file_names_its_pythons(packed: Path) -> None:
 
 # ==== README and daemonset.yaml: what they say ========================================
 
-MANIFEST: Event = yaml.safe_load((HERE / "daemonset.yaml").read_text())
+MANIFEST_TEXT = (HERE / "daemonset.yaml").read_text()
+ACCOUNT, MANIFEST = yaml.safe_load_all(MANIFEST_TEXT)
 
 
 def kubernetes_versions() -> list[str]:
@@ -4341,21 +5410,50 @@ IMAGE_NAME = "registry.example/plugin:7"
 
 
 @pytest.fixture(params=["file", "image"])
-def manifest(request: pytest.FixtureRequest) -> Event:
-    """That for the file on the node, and that for an image."""
+def objects(request: pytest.FixtureRequest) -> list[Event]:
+    """Those of the manifest for the file on the node, and of that for an image."""
     if request.param == "file":
-        return MANIFEST
+        return [ACCOUNT, MANIFEST]
     done = finish([sys.executable, HERE / "tools/manifest.py", IMAGE_NAME])
-    made: Event = yaml.safe_load(done.stdout)
-    assert container_of(made)["image"] == IMAGE_NAME
+    made = list(yaml.safe_load_all(done.stdout))
+    assert container_of(made[-1])["image"] == IMAGE_NAME
     return made
 
 
+@pytest.fixture
+def manifest(objects: list[Event]) -> Event:
+    """The DaemonSet of either."""
+    _, daemonset = objects
+    return daemonset
+
+
 @pytest.mark.parametrize("version", kubernetes_versions())
-def test_manifest_is_valid(manifest: Event, version: str) -> None:
+def test_manifest_is_valid(objects: list[Event], version: str) -> None:
     """And so is README's Pod."""
-    for one in (manifest, POD):
+    for one in (*objects, POD):
         kubernetes_validate.validate(one, version, strict=True)
+
+
+# How README or a comment says to edit the manifest: a pattern, and what replaces it.
+EDITS = {
+    "no SELinux type": (r"^ *seLinuxOptions:\n.*\n", ""),
+    "before 1.22": (r"^ *rollingUpdate:\n.*\n.*\n", ""),
+    "only labelled nodes": (r"# (tenstorrent\.com/cards: )", r"\1"),
+    "Node Feature Discovery": (r"# (- key: feature.*\n *)# (.*\n *)# ", r"\1\2"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_manifest_can_be_edited_as_readme_says(name: str) -> None:
+    """It stays valid, and means something else."""
+    pattern, new = EDITS[name]
+    text, count = re.subn(pattern, new, MANIFEST_TEXT, flags=re.MULTILINE)
+    assert count == 1
+    account, edited = yaml.safe_load_all(text)
+    assert account == ACCOUNT
+    assert edited != MANIFEST
+    for version in kubernetes_versions():
+        kubernetes_validate.validate(edited, version, strict=True)
 
 
 def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
@@ -4372,6 +5470,56 @@ def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
     assert [path for path in mounts if not mounts[path].get("readOnly")] == [folder]
     assert mounts[folder]["mountPath"] == folder
     assert f"--dev-root={mounts['/dev']['mountPath']}" in container["args"]
+    # So that it sees huge pages that are mounted after its start.
+    assert mounts["/dev"]["mountPropagation"] == "HostToContainer"
+
+
+def test_manifest_runs_on_each_real_node(manifest: Event) -> None:
+    """Whatever taints it has. On a virtual node the Pod would be Pending for ever."""
+    spec = manifest["spec"]["template"]["spec"]
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["nodeSelector"] == {"kubernetes.io/os": "linux"}
+    affinity = spec["affinity"]["nodeAffinity"]
+    wanted = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = wanted["nodeSelectorTerms"]
+    virtual = {"key": "type", "operator": "NotIn", "values": ["virtual-kubelet"]}
+    assert term == {"matchExpressions": [virtual]}
+
+
+def test_manifest_updates_without_a_gap(manifest: Event) -> None:
+    """The new Pod starts beside the old one. No minReadySeconds: that can stall it."""
+    spec = manifest["spec"]
+    surge = {"maxSurge": 1, "maxUnavailable": 0}
+    strategy = {"type": "RollingUpdate", "rollingUpdate": surge}
+    assert spec["updateStrategy"] == strategy
+    assert "minReadySeconds" not in spec
+
+
+def test_manifest_has_an_account_of_its_own(objects: list[Event]) -> None:
+    """Without a token. README names it for OpenShift."""
+    account, manifest = objects
+    spec = manifest["spec"]["template"]["spec"]
+    name = account["metadata"]["name"]
+    namespace = account["metadata"]["namespace"]
+    assert (account["kind"], manifest["kind"]) == ("ServiceAccount", "DaemonSet")
+    assert spec["serviceAccountName"] == name
+    assert manifest["metadata"]["namespace"] == namespace
+    assert account["automountServiceAccountToken"] is False
+    assert f"add-scc-to-user privileged -z {name} -n {namespace}`" in README
+
+
+def test_images_are_named_with_their_registry() -> None:
+    """Some container runtimes refuse short names (cri-o#9401)."""
+    (container,) = POD["spec"]["containers"]
+    for image in (container_of(MANIFEST)["image"], container["image"]):
+        assert image.startswith("docker.io/library/")
+    texts = [README, *(path.read_text() for path in (HERE / "tools").glob("*"))]
+    texts += [MANIFEST_TEXT, (HERE / "build.sh").read_text()]
+    for text in texts:
+        for registry, image in re.findall(
+            r"(\S*?)\b(busybox|python:3\.[\w.-]+)(?=[\s`}])", text
+        ):
+            assert registry.endswith("docker.io/library/"), image
 
 
 def test_manifest_has_one_port(manifest: Event) -> None:
@@ -4402,12 +5550,12 @@ def test_manifest_has_no_privileges(manifest: Event) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
 
 
-def manifest_command(folder: Path) -> list[str]:
+def manifest_command(folder: Path, port: int = 0) -> list[str]:
     """What the manifest's container runs, with this folder as the host's."""
     container = container_of(MANIFEST)
     words = [*container["command"], *container["args"]]
     return [
-        word.replace("/opt/tenstorrent", str(folder)).replace("7762", "0")
+        word.replace("/opt/tenstorrent", str(folder)).replace("7762", f"{port}")
         for word in words
     ]
 
@@ -4423,6 +5571,21 @@ def test_manifest_waits_for_the_file(workdir: Path) -> None:
         line = waiting.wait_for_line("^RUNS", timeout=30)
         assert "--listen" in line
         assert len(waiting.lines()) == 2, waiting.lines()
+
+
+def test_waiting_for_the_file_answers_probes(workdir: Path) -> None:
+    """The Pod is Ready, and its pages say what is missing, as a comment to Prometheus.
+
+    A head is all that HEAD gets.
+    """
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+    with contextlib.closing(Plugin(manifest_command(workdir, port))) as waiting:
+        line = waiting.wait_for_line(r"tt-device-plugin\.pyz")
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert fetch(port, path) == (200, f"# {line}\n")
+        _, head = answer_to(port, b"HEAD /healthz HTTP/1.1\r\n\r\n")
+        assert head.endswith(b"\r\n\r\n")
 
 
 def test_waiting_for_the_file_ends_by_sigterm(workdir: Path) -> None:
@@ -4508,7 +5671,23 @@ def test_readme_unit(tmp_path: Path) -> None:
 def test_readme_names_each_metric() -> None:
     """And no other."""
     named = {name for row in table("metric") for name in in_code(row[0])}
-    assert named == tt.METRICS.keys()
+    assert named == tt.HELP.keys()
+
+
+def test_readme_names_what_there_is_to_change() -> None:
+    """Each name in its table is defined in the module."""
+    names = {name for _, change in table("to add") for name in in_code(change)}
+    source = (HERE / "tt_device_plugin.py").read_text()
+    pattern = r"^ *(?:(?:async )?def|class) (\w+)|^(\w+)(?:: .*)? = "
+    defined = {*itertools.chain(*re.findall(pattern, source, re.MULTILINE))}
+    assert names
+    assert names <= defined
+
+
+def test_readme_names_the_files_in_tools() -> None:
+    """They are there."""
+    names = {name for files, _ in table("in `tools/`") for name in in_code(files)}
+    assert names <= {*os.listdir(HERE / "tools")}
 
 
 def test_readme_links() -> None:
@@ -4573,8 +5752,12 @@ def test_readme_symptoms(request: pytest.FixtureRequest, said: str) -> None:
     if missing:
         example = min(missing)
         pytest.skip(f"only a part runs, without {len(missing)} tests such as {example}")
-    for cell, *_ in table("symptom"):
-        symptom = in_code(cell)[0]
+    symptoms = [symptom for cell, *_ in table("symptom") for symptom in in_code(cell)]
+    assert {
+        "does another plugin register the same resource?",
+        "Pod ... holds it as ...",
+    } <= {*symptoms}
+    for symptom in symptoms:
         pattern = ".+".join(map(re.escape, symptom.split("...")))
         assert re.search(pattern, said), symptom
 

@@ -1120,13 +1120,19 @@ def make_card(
     return Card(before.id, model, before.resource, tuple(chips), verdict)
 
 
-def judge_gone(card: Card, unidentified_at: Mapping[str, JudgedChip]) -> Verdict:
-    """The verdict of an offered card none of whose chips is identified now."""
+def judge_gone(card: Card, member_at: Mapping[str, JudgedChip]) -> Verdict:
+    """The verdict of an offered card none of whose chips is there under its ID.
+
+    `member_at` has the chips that are there, by PCI address.
+    """
     for chip in card.chips:
-        there = unidentified_at.get(chip.pci)
-        if there and there.chip.index >= 0:  # it has a class device
+        there = member_at.get(chip.pci)
+        if there is None or there.chip.index < 0:  # it has no class device
+            continue
+        if there.chip.unidentified:
             why = there.verdict.reason
             return make_verdict("returning", pci=chip.pci, why=why)
+        return make_verdict("replaced", pci=chip.pci, card_id=there.chip.card_id)
     return make_verdict("gone")
 
 
@@ -1148,10 +1154,10 @@ def next_snapshot(
     """
     groups = group_by_card(judged)
     offered = {card.id: card for card in old.cards if card.resource}
-    unidentified_at = {}
-    for member in judged:
-        if member.chip.unidentified:
-            unidentified_at[member.chip.pci] = member
+    member_at = {member.chip.pci: member for member in chain(*groups.values())}
+    unidentified_at = {
+        pci: member for pci, member in member_at.items() if member.chip.unidentified
+    }
 
     cards = []
     for card_id, members in groups.items():
@@ -1159,7 +1165,7 @@ def next_snapshot(
         cards.append(make_card(members, before, unidentified_at, settings))
     for card_id, card in offered.items():
         if card_id not in groups:
-            cards.append(replace(card, verdict=judge_gone(card, unidentified_at)))
+            cards.append(replace(card, verdict=judge_gone(card, member_at)))
 
     def place(card: Card) -> tuple[bool, str, str]:
         return card.resource is None, card.resource or "", card.chips[0].pci
@@ -1717,6 +1723,11 @@ KINDS = {
         UNHEALTHY,
         "a chip is back at {pci}, but it is not known yet which card it is: {why}",
     ),
+    "replaced": Kind(
+        UNHEALTHY,
+        "at its PCI address, {pci}, is card {card_id} now: another card, or this one "
+        "by the ID that it has now. Restart the plugin, which then forgets this ID",
+    ),
     "resetting": Kind(
         UNHEALTHY,
         "it is in a reset and does not answer yet. If this lasts for minutes, reset it "
@@ -2147,7 +2158,7 @@ def find_conflict(
     present_ids = {
         card.id
         for card in snapshot.cards
-        if card.verdict.kind not in ("gone", "returning")
+        if card.verdict.kind not in ("gone", "returning", "replaced")
     }
     for holding in others:
         for card in cards:
@@ -2824,6 +2835,7 @@ class PageServer:
 
     def __init__(self, pages: Mapping[str, Callable[[], Awaitable[Page]]]) -> None:
         self.pages = pages
+        self._failures: dict[str, str] = {}  # path -> how it failed last
         # In the order in which they came; the values have no meaning.
         self._clients: dict[asyncio.StreamWriter, None] = {}
 
@@ -2888,10 +2900,10 @@ class PageServer:
             return Page(HTTPStatus.NOT_FOUND, text)
         try:
             return await self.pages[path]()
-        except (
-            Exception
-        ) as error:  # a defect of a page must be seen, in it and in the log
-            log.exception("%s failed", path)
+        except Exception as error:  # a defect must be seen, in the page and in the log
+            if self._failures.get(path) != repr(error):  # once, not at each scrape
+                log.exception("%s failed", path)
+            self._failures[path] = repr(error)
             return Page(HTTPStatus.INTERNAL_SERVER_ERROR, repr(error))
 
 
@@ -3705,9 +3717,8 @@ async def until_signal(work: Coroutine[Any, Any, int | None]) -> int:
 
     def wait_for_signal() -> None:
         signal.sigwait(STOP_SIGNALS)
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the loop is closed: it ended by itself
+        # RuntimeError: the loop is closed, as the work has ended by itself.
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(task.cancel)
 
     threading.Thread(target=wait_for_signal, name="signals", daemon=True).start()
