@@ -454,9 +454,14 @@ class Tree:
                 for file, value in SENSORS.items():
                     self.write(monitor / file, f"{value}\n")
             if chip.by_id:
-                self.by_id.mkdir(parents=True, exist_ok=True)
-                (self.by_id / chip.id).symlink_to(f"../{chip.index}")
+                self.link(chip.pci)
             tt.lay_out(self.root, chip, chip.target)
+
+    def link(self, address: str) -> None:
+        """Udev makes its link to the device node, in by-id."""
+        chip = self.chips[address]
+        self.by_id.mkdir(parents=True, exist_ok=True)
+        (self.by_id / chip.id).symlink_to(f"../{chip.index}")
 
     def remove(self, address: str, driver: str = "") -> Chip:
         """The chip goes, by hot-unplug or reset, from sysfs and /dev: what it was.
