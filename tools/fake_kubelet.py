@@ -568,8 +568,9 @@ class FakeKubelet:
         available += [name for name in must if name not in available]
         if len(available) < size:
             raise Refusal(
-                "UnexpectedAdmissionError: requested number of devices unavailable for "
-                f"{resource}. Requested: {size}, Available: {len(available)}"
+                "UnexpectedAdmissionError: Allocate failed due to requested number of "
+                f"devices unavailable for {resource}. Requested: {size}, Available: "
+                f"{len(available)}, which is unexpected"
             )
         random.shuffle(available)
         chosen = [*must]
