@@ -2,8 +2,36 @@
 
 The tests stand in the order of tt_device_plugin.py, then what is packed, then what
 README and the manifest say. tools/harness.py runs the plugin on made-up chips. The
-kubelet that it meets is tools/fake_kubelet.py, whose docstring numbers what real
-kubelets do: "kubelet contract 5" is the fifth point there.
+kubelet that it meets is tools/fake_kubelet.py.
+
+Names that occur throughout (the fixtures and helpers are in tools/harness.py):
+
+N                   of /dev/tenstorrent/N: a chip's number, which a reset can change
+kind                why a card has its health, such as `gone`: see README's "Health"
+"+", "-", "?"       before a kind: Healthy, Unhealthy, not offered (see summary())
+kubelet contract 5  what real kubelets do: point 5 in fake_kubelet.py's docstring
+tt-kmd#112          an issue of the driver, github.com/tenstorrent/tt-kmd
+
+FIRST .. FOURTH     four n150, a chip each; IDS are their cards' IDs
+P300, P300_ID       the two chips of a p300, and its card's ID
+R150, R300          the resources tenstorrent.com/n150 and tenstorrent.com/n300
+tree, four          a made-up sysfs and /dev: without chips, with FIRST to FOURTH
+tree.still          PCI addresses of chips whose heartbeat does not change
+tree.hang, release  from now on reads of a file hang; they return
+plugin              one that runs on `four` and is registered with `kubelet`
+launch(...)         starts a plugin; offers=4: returns once the kubelet has 4 n150;
+                    launch(None, ...): on no tree, for the flag --fake
+wait_status(...)    waits until the node has so many cards of a resource as capacity,
+                    and so many of them allocatable
+log.mark(), after=  a position in what a process has said: only what follows counts
+both_generations    runs a test with a kubelet of 1.36, and with one of 1.20
+refused(code, ...)  the call inside is refused with this gRPC status and these words
+bound(what, seconds, promised)
+                    a promised time; on a busy machine a slow one is reported only
+long_only           runs with ./build.sh test --long
+@rows               a table of cases. The first column is the test's ID, columns are
+                    two spaces or more apart, a backslash continues a line, and "..."
+                    at the start of an ID means "as above, and"
 """
 
 from __future__ import annotations
@@ -105,6 +133,10 @@ FAST = "--poll-seconds=0.1"
 HTTP = "--listen=127.0.0.1:0"
 # Links lead a device node to one of them, where chips must not look alike.
 DEVICES = ("/dev/null", "/dev/zero")
+
+
+def nothing(*_: object) -> None:
+    """A callback that does nothing."""
 
 
 def inventory_of(tree: Tree) -> tt.Inventory:
@@ -495,8 +527,8 @@ class Acme:
         self.reads_that_return: dict[int, int] = {}
         self.released = threading.Event()
         self.readings: list[tt.Reading] = []  # what the next reads say
-        self.find: Callable[[], object] = bool  # called at each poll
-        self.look: Callable[[tt.Chip], object] = bool  # called at each read
+        self.find: Callable[[], object] = nothing  # called at each poll
+        self.look: Callable[[tt.Chip], object] = nothing  # called at each read
         settings = tt.Settings(resource_domain="x.org", poll_seconds=poll_seconds)
         self.inventory = tt.Inventory(settings, self)
 
@@ -553,7 +585,7 @@ class Acme:
         for thread in threading.enumerate():
             if thread.name == "poll":
                 thread.join(10)
-        self.find = bool
+        self.find = nothing
         self.there = []
         self.inventory.poll(0.0)
 
@@ -705,7 +737,7 @@ def test_a_defect_costs_its_chip_only(
     assert "\nTraceback" in caplog.text
     card, _ = acme.inventory.snapshot.cards
     assert "ZeroDivisionError" in card.verdict.reason
-    acme.look = bool
+    acme.look = nothing
     assert acme.poll_after_reads() == {"ok": 2}
 
 
@@ -859,7 +891,7 @@ class Driver:
         self.discovery = tt.TenstorrentDiscovery(settings, read=self.read)
         self.errors: dict[str, int] = {}  # name of a file -> its errno
         self.files: list[str] = []  # names of those that were read, in order
-        self.before_read: Callable[[str], object] = bool  # called with the name
+        self.before_read: Callable[[str], object] = nothing  # called with the name
 
     def read(self, path: str) -> str:
         """Read a file, or fail."""
