@@ -178,7 +178,7 @@ def make_chip(
     )
 
 
-# The chips of the next two tests. What their letters stand for:
+# The chips of the tests of cards, by letter.
 CHIPS = {
     # Two p300, the second one with another letter in its type.
     "a": make_chip(0, "03", "p300a", "A", "000004513190F004"),
@@ -201,174 +201,6 @@ CHIPS = {
     "t": make_chip(6, "02", "n150", "1"),
     "x": make_chip(5, "01", "n150"),
 }
-NOT_PAIRED = "it cannot be paired"
-# The chips of a node, with resource and ID of the one card that each is part of,
-# always.
-NODE = [
-    (CHIPS[letter], card)
-    for letter, card in (
-        ("a", "p300 P300"),
-        ("b", "p300 P300"),
-        ("d", "p300 p300-000004613193411B"),
-        ("e", "p300 p300-000004613193411B"),
-        ("f", NOT_PAIRED),
-        ("k", NOT_PAIRED),
-        ("n", "n150 wormhole-1"),
-        ("m", "n150 wormhole-2"),
-        ("g", "galaxy-wormhole wormhole-3"),
-        ("h", "galaxy-wormhole wormhole-4"),
-        ("p", "p150 blackhole-9"),
-        ("u", "wormhole wormhole-6"),
-    )
-]
-# What files say while a chip fails, is reset, or (the last) starts. The ASIC id comes
-# with the type (test_the_files_may_come_one_by_one), and a type is known if the serial
-# is.
-WRONG: list[dict[str, Any]] = [
-    {},
-    *({"asic_id": text} for text in ("F" * 16, "0" * 16, "junk")),
-    *({"card_type": "unknown", "serial": text} for text in ("F" * 16, "0" * 16)),
-    *({"serial": text} for text in ("F" * 16, "0" * 16, "junk", "")),
-    {"card_type": "", "asic_id": "", "serial": ""},
-]
-# A chip in one poll: away (None), or which of WRONG it is (mostly none), with a fault.
-SEEN_AS = st.sampled_from((0, 0, 0, 0, *range(len(WRONG))))
-FAULTS = st.sampled_from(
-    (
-        *("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs"),
-        *("unreadable", "no-heartbeat"),
-    )
-)
-STATE = st.none() | st.tuples(SEEN_AS, FAULTS)
-# A poll: whether the plugin has just been started, how far chips have moved, all
-# states.
-POLL = st.tuples(st.booleans(), st.integers(0, 3), st.tuples(*[STATE] * len(NODE)))
-NOTHING_WRONG = (False, 0, [(0, "")] * len(NODE))
-
-
-@pytest.fixture(scope="module")
-def identified(tmp_path_factory: pytest.TempPathFactory) -> list[list[tt.Chip]]:
-    """What discovery makes of NODE's chips if all are wrong in one way: each way."""
-    folder = tmp_path_factory.mktemp("wrong")
-    found = []
-    with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
-        for number, wrong in enumerate(WRONG):
-            chips = [replace(chip, **wrong) for chip, _ in NODE]
-            discovery = inventory_of(Tree(folder / f"{number}", chips)).discovery
-            there = [discovery.chip_at(chip.index) for chip in chips]
-            found.append([chip for chip, _ in pool.map(discovery.read, there)])
-    return found
-
-
-class Step(NamedTuple):
-    """One poll, and what came of it."""
-
-    old: tt.Snapshot
-    judged: list[tt.JudgedChip]
-    owners: dict[str, str]  # PCI address -> the card in NODE whose chip is there
-    new: tt.Snapshot
-
-
-def judge_poll(
-    identified: list[list[tt.Chip]], shift: int, states: Sequence[Any], now: float
-) -> tuple[list[tt.JudgedChip], dict[str, str]]:
-    """What is judged in one poll, and the owners."""
-    poll = []
-    owners = {}
-    for number, state in enumerate(states):
-        if state:
-            seen_as, fault = state
-            pci = f"0000:{(number + shift) % len(NODE):02x}:00.0"
-            chip = identified[seen_as][number]
-            chip = replace(chip, pci=pci, index=number ^ shift)
-            reading = tt.Reading(1, fault, changed=True)
-            history = tt.HealthHistory(0.0)
-            history.observe(reading, now)
-            poll.append(tt.JudgedChip(chip, history.verdict(chip, reading, now)))
-            _, owners[pci] = NODE[number]
-    return poll, owners
-
-
-def take_steps(identified: list[list[tt.Chip]], polls: list[Any]) -> Iterator[Step]:
-    """The steps of these polls, and one in which nothing is wrong any more."""
-    snapshot = tt.Snapshot()
-    for now, (restarted, shift, states) in enumerate([*polls, NOTHING_WRONG]):
-        old = tt.Snapshot() if restarted else snapshot
-        poll, owners = judge_poll(identified, shift, states, now)
-        snapshot = tt.next_snapshot(old, poll, tt.Settings(), now)
-        yield Step(old, poll, owners, snapshot)
-
-
-def name_of(card: tt.Card) -> str:
-    """Its resource and ID, as in NODE."""
-    resource, card_id, *_ = summary(tt.Snapshot((card,))).split(" ")
-    return f"{resource} {card_id}"
-
-
-def whatever_chips_do(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test on all sorts of polls. In between, the plugin may be restarted."""
-    no_checks = list(hypothesis.HealthCheck)
-    settings = hypothesis.settings(deadline=None, suppress_health_check=no_checks)
-    two_halves_without_a_serial = [(-2, "")] * 2
-    example = hypothesis.example(polls=[(False, 0, two_halves_without_a_serial)])
-    return settings(example(given(polls=st.lists(POLL, min_size=1, max_size=6))(test)))
-
-
-@whatever_chips_do
-def test_no_chip_is_healthy_under_two_ids(
-    identified: list[list[tt.Chip]], polls: list[Any]
-) -> None:
-    """A Healthy card has its hardware's name and all its chips, at all times."""
-    for step in take_steps(identified, polls):
-        for card in step.new.cards:
-            if card.verdict.health == "Healthy":
-                size = 2 if card.model == "p300" else 1
-                owners = [step.owners.get(chip.pci) for chip in card.chips]
-                assert owners == [name_of(card)] * size
-
-
-@whatever_chips_do
-def test_each_chip_is_listed_once(
-    identified: list[list[tt.Chip]], polls: list[Any]
-) -> None:
-    """No two cards have one ID, and each chip is in one."""
-    for step in take_steps(identified, polls):
-        ids = [card.id for card in step.new.cards]
-        assert len(set(ids)) == len(ids)
-        listed = {chip.pci for card in step.new.cards for chip in card.chips}
-        assert listed >= step.owners.keys()
-
-
-@whatever_chips_do
-def test_what_was_offered_stays(
-    identified: list[list[tt.Chip]], polls: list[Any]
-) -> None:
-    """Under its ID and resource, until the plugin is restarted."""
-    for step in take_steps(identified, polls):
-        offered = {(card.id, card.resource) for card in step.old.cards if card.resource}
-        assert offered <= {(card.id, card.resource) for card in step.new.cards}
-
-
-@whatever_chips_do
-def test_the_order_of_reading_means_nothing(
-    identified: list[list[tt.Chip]], polls: list[Any]
-) -> None:
-    """Chips are found and read in any order."""
-    for now, step in enumerate(take_steps(identified, polls)):
-        backwards = step.judged[::-1]
-        assert step.new == tt.next_snapshot(step.old, backwards, tt.Settings(), now)
-
-
-@whatever_chips_do
-def test_all_is_well_when_nothing_is_wrong_any_more(
-    identified: list[list[tt.Chip]], polls: list[Any]
-) -> None:
-    """No card keeps anything of what was wrong."""
-    *_, last = take_steps(identified, polls)
-    well = {name_of(card) for card in last.new.cards if card.verdict.kind == "ok"}
-    assert well == {name for _, name in NODE} - {NOT_PAIRED}
-
-
 WORD = re.compile(r"(.)(?:@(.))?(?:/(..))?(\??)=?(.*)")
 
 
@@ -389,13 +221,39 @@ def judged(word: str) -> tt.JudgedChip:
     return tt.JudgedChip(chip, tt.make_verdict(kind or "ok", chip=chip, detail=""))
 
 
-# Polls are separated by ";". What is expected is the summary of the last one, and what
-# the reason of its first card matches, with " since N" after it: the poll of its last
-# change.
+def snapshot_after(polls: str) -> tt.Snapshot:
+    """The snapshot after these polls, of which there is one a second."""
+    snapshot = tt.Snapshot()
+    for now, poll in enumerate(polls.split(";")):
+        seen = [judged(word) for word in poll.split()]
+        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), now)
+    return snapshot
+
+
+# How to read a row of the next three tables, such as
+#
+#     it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
+#  - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry
+#
+# The first poll finds the chip n. The second one finds nothing. The third one finds n
+# again, with N = 7 ("@7") and not identified ("?"): see judged(). Then there are two
+# cards: see summary(). The n150 with the ID wormhole-1 had N = 5, and is Unhealthy with
+# the kind `returning`. The chip at 0000:01:00.0 has no resource ("-"), and is not
+# offered with the kind `pending`. Last comes a pattern for the first card's reason.
+
+
+def check_cards(polls: str, expected: str, reason: str) -> None:
+    """What is expected is there after the last poll."""
+    snapshot = snapshot_after(polls)
+    assert summary(snapshot) == expected.replace("no cards", "")
+    if reason:
+        assert re.search(reason, snapshot.cards[0].verdict.reason)
+
+
 @rows(
     "polls, expected, reason",
     """
-    a p300 is one card  a b                      p300 P300 0,1 +ok  ^ since 0$
+    a p300 is one card          a b              p300 P300 0,1 +ok
     half a p300 is no card      a                - P300 0 ?half\
   only 0000:03.*; the other one is missing
     ... the other not known     a b?             - P300 0 ?half,\
@@ -417,53 +275,79 @@ def judged(word: str) -> tt.JudgedChip:
   ^chip 0000:04.*: its
     two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
   ID: 0000:03.*04.*08
-    equal ASIC ids              n t              - wormhole-1 5,6 ?same-id\
-  ID: 0000:01:00.0, 0
+    """,
+)
+def test_a_p300_is_offered_if_both_its_chips_are_there(
+    polls: str, expected: str, reason: str
+) -> None:
+    """Its health is that of the chip which is worse, and the reason names that chip."""
+    check_cards(polls, expected, reason)
+
+
+@rows(
+    "polls, expected, reason",
+    """
+    late telemetry              n?; n            n150 wormhole-1 5 +ok
     a card is gone              n;               n150 wormhole-1 5 -gone\
   ^it is gone.*restart
-    ... and back                n; ; n@7         n150 wormhole-1 7 +ok
-    ... was not offered         n?;              nothing
+    ... was not offered         n?;              no cards
+    ... and is back             n; ; n@7         n150 wormhole-1 7 +ok
     ... in another slot         n; n/09 m/01     n150 wormhole-2 6 +ok,\
  n150 wormhole-1 5 +ok
-    late telemetry              n?; n            n150 wormhole-1 5 +ok
     it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
- - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry.*since 1$
+ - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry
     ... as the bus is dead      n; n?=bus-dead   n150 wormhole-1 5 -returning,\
  - 0000:01:00.0 5 -bus-dead  back at 0000:01:00.0, .*: its PCIe bus answers
-    by PCI address, in a reset  x; x@3?          n150 0000:01:00.0 3 -pending
+    a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
+    """,
+)
+def test_a_card_that_comes_back_is_the_same_card(
+    polls: str, expected: str, reason: str
+) -> None:
+    """It keeps its ID and its resource, in whatever slot and with whatever N."""
+    check_cards(polls, expected, reason)
+
+
+@rows(
+    "polls, expected, reason",
+    """
+    by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
+ n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
+    no ASIC id, in a reset      x; x@3?          n150 0000:01:00.0 3 -pending
     ... and its ASIC id comes   x; n             n150 wormhole-1 5 +ok,\
  n150 0000:01:00.0 5 -replaced
-    a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
+    equal ASIC ids              n t              - wormhole-1 5,6 ?same-id\
+  ID: 0000:01:00.0, 0
     seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
     ... the higher N is gone    n n@7=gone       n150 wormhole-1 5 +ok
     ... both are gone           n=gone n@7=gone  n150 wormhole-1 7 -gone
-    by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
- n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
-    since it was first there    n; n=unreadable  n150 wormhole-1 5 +unreadable\
-  ^its .* since 0$
-    ... is gone, then reset     n; n; ; n=resetting     n150 wormhole-1 5 -resetting\
-  since 2$
-    ... is back                 n; ; n=resetting; n; n  n150 wormhole-1 5 +ok  since 3$
     """,
 )
-def test_what_becomes_of_a_card(polls: str, expected: str, reason: str) -> None:
-    """From poll to poll it is one card with one ID.
+def test_a_chip_is_in_one_card_and_cards_are_in_order(
+    polls: str, expected: str, reason: str
+) -> None:
+    """A chip without an ASIC id goes by its PCI address."""
+    check_cards(polls, expected, reason)
 
-    The reason names the chips. The time is that at which its health has changed, and
-    not that of a change of the reason.
+
+@rows(
+    "polls, since",
     """
-    snapshot = tt.Snapshot()
-    for now, poll in enumerate(polls.split(";")):
-        seen = [judged(word) for word in poll.split()]
-        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), now)
-    assert summary(snapshot) == expected.replace("nothing", "")
-    if reason:
-        card = snapshot.cards[0]
-        assert re.search(reason, f"{card.verdict.reason} since {card.since:.0f}")
+    it is Healthy           a b                          0
+    its reason has changed  n; n=unreadable              0
+    it is gone              n; n;                        2
+    ... then resetting      n; n; ; n=resetting          2
+    ... then returning      n; ; n@7?                    1
+    it is Healthy again     n; ; n=resetting; n; n       3
+    """,
+)
+def test_since_is_when_the_health_has_changed(polls: str, since: str) -> None:
+    """A change of the reason alone is none."""
+    assert snapshot_after(polls).cards[0].since == float(since)
 
 
 def test_an_offered_card_keeps_its_resource() -> None:
-    """Also if its model becomes known, which a restart of the plugin takes up.
+    """Even if its model becomes known later; only a plugin restart adopts that.
 
     The kubelet records by resource and ID who holds a card.
     """
@@ -482,23 +366,18 @@ def test_an_offered_card_keeps_its_resource() -> None:
 
 
 def test_an_offered_card_keeps_its_model() -> None:
-    """Also while its chip is there and cannot be identified, such as in a reset."""
-    snapshot = tt.Snapshot()
-    for word in ("x", "x?"):
-        snapshot = tt.next_snapshot(snapshot, [judged(word)], tt.Settings(), 0.0)
-    (card,) = snapshot.cards
+    """Even while its chip is there and cannot be identified, such as in a reset."""
+    (card,) = snapshot_after("x; x?").cards
     assert card.verdict.kind == "pending"
     assert card.model == "n150"
 
 
 def test_half_a_card_says_where_the_other_chip_is() -> None:
-    """Also if that has no class device, as no driver takes it."""
+    """Even if that has no class device because no driver takes it."""
     chip = tt.Chip(CHIPS["b"].pci)
     without_driver = tt.JudgedChip(chip, tt.make_verdict("no-driver", driver="none"))
-    snapshot = tt.Snapshot()
-    for seen in ([judged("a"), judged("b")], [judged("a"), without_driver]):
-        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), 0.0)
-    card = snapshot.cards[0]
+    seen = [judged("a"), without_driver]
+    card = tt.next_snapshot(snapshot_after("a b"), seen, tt.Settings(), 1.0).cards[0]
     assert card.verdict.kind == "half"
     there = "0000:04:00.0, is there, but not identified: it has no device node"
     assert there in card.verdict.reason
@@ -514,6 +393,198 @@ def test_of_two_class_devices_of_a_chip_the_newer_counts(newer: int) -> None:
         seen.append(tt.JudgedChip(chip, tt.make_verdict("ok")))
     snapshot = tt.next_snapshot(tt.Snapshot(), seen, tt.Settings(), 0.0)
     assert summary(snapshot) == f"n150 wormhole-1 {newer} +ok"
+
+
+# ---- Whatever chips do, and whatever their files say ----
+
+NOT_PAIRED = "it cannot be paired"
+# The chips of a node, and the one card that each is always part of.
+NODE = [
+    (CHIPS[letter], card)
+    for letter, card in (
+        ("a", "p300 P300"),
+        ("b", "p300 P300"),
+        ("d", "p300 p300-000004613193411B"),
+        ("e", "p300 p300-000004613193411B"),
+        ("f", NOT_PAIRED),
+        ("k", NOT_PAIRED),
+        ("n", "n150 wormhole-1"),
+        ("m", "n150 wormhole-2"),
+        ("g", "galaxy-wormhole wormhole-3"),
+        ("h", "galaxy-wormhole wormhole-4"),
+        ("p", "p150 blackhole-9"),
+        ("u", "wormhole wormhole-6"),
+    )
+]
+# What the files say while a chip fails, resets or (the last) starts. The ASIC id comes
+# with the type, and a type is known if the serial is.
+WRONG: dict[str, dict[str, str]] = {
+    "nothing": {},
+    "ASIC id all ones": {"asic_id": "F" * 16},
+    "ASIC id all zeros": {"asic_id": "0" * 16},
+    "ASIC id junk": {"asic_id": "junk"},
+    "type unknown, serial all ones": {"card_type": "unknown", "serial": "F" * 16},
+    "type unknown, serial all zeros": {"card_type": "unknown", "serial": "0" * 16},
+    "serial all ones": {"serial": "F" * 16},
+    "serial all zeros": {"serial": "0" * 16},
+    "serial junk": {"serial": "junk"},
+    "no serial": {"serial": ""},
+    "no telemetry": {"card_type": "", "asic_id": "", "serial": ""},
+}
+FAULTS = [
+    *("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs"),
+    *("unreadable", "no-heartbeat"),
+]
+
+
+class Seen(NamedTuple):
+    """A chip in one poll."""
+
+    wrong: str = "nothing"  # a key of WRONG
+    fault: str = ""
+
+
+class Poll(NamedTuple):
+    """One poll."""
+
+    restarted: bool = False  # the plugin has just been started
+    moved: int = 0  # by how many slots the chips have moved
+    chips: Sequence[Seen | None] = (Seen(),) * len(NODE)  # None: it is away
+
+
+WRONG_MOSTLY_NOTHING = st.sampled_from(["nothing"] * 4 + list(WRONG))
+SEEN = st.none() | st.builds(Seen, WRONG_MOSTLY_NOTHING, st.sampled_from(FAULTS))
+ALL_SEEN = st.tuples(*[SEEN] * len(NODE))
+POLL = st.builds(Poll, st.booleans(), st.integers(0, 3), ALL_SEEN)
+Identified = dict[str, list[tt.Chip]]
+
+
+@pytest.fixture(scope="module")
+def identified(tmp_path_factory: pytest.TempPathFactory) -> Identified:
+    """Key of WRONG -> what discovery makes of NODE's chips if that is wrong with all."""
+    folder = tmp_path_factory.mktemp("wrong")
+    found = {}
+    with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
+        for name, wrong in WRONG.items():
+            facts: dict[str, Any] = {**wrong}
+            chips = [replace(chip, **facts) for chip, _ in NODE]
+            discovery = inventory_of(Tree(folder / name, chips)).discovery
+            there = [discovery.chip_at(chip.index) for chip in chips]
+            found[name] = [chip for chip, _ in pool.map(discovery.read, there)]
+    return found
+
+
+class Step(NamedTuple):
+    """One poll, and what came of it."""
+
+    old: tt.Snapshot
+    judged: list[tt.JudgedChip]
+    owners: dict[str, str]  # PCI address -> the card in NODE whose chip is there
+    new: tt.Snapshot
+
+
+def judge_poll(
+    identified: Identified, poll: Poll, now: float
+) -> tuple[list[tt.JudgedChip], dict[str, str]]:
+    """What is judged in one poll, and the owners."""
+    judged = []
+    owners = {}
+    for number, seen in enumerate(poll.chips):
+        if seen:
+            pci = f"0000:{(number + poll.moved) % len(NODE):02x}:00.0"
+            chip = identified[seen.wrong][number]
+            chip = replace(chip, pci=pci, index=number ^ poll.moved)
+            reading = tt.Reading(1, seen.fault, changed=True)
+            history = tt.HealthHistory(0.0)
+            history.observe(reading, now)
+            judged.append(tt.JudgedChip(chip, history.verdict(chip, reading, now)))
+            _, owners[pci] = NODE[number]
+    return judged, owners
+
+
+def take_steps(identified: Identified, polls: list[Poll]) -> Iterator[Step]:
+    """The steps of these polls, and one in which nothing is wrong any more."""
+    snapshot = tt.Snapshot()
+    for now, poll in enumerate([*polls, Poll()]):
+        old = tt.Snapshot() if poll.restarted else snapshot
+        judged, owners = judge_poll(identified, poll, now)
+        snapshot = tt.next_snapshot(old, judged, tt.Settings(), now)
+        yield Step(old, judged, owners, snapshot)
+
+
+def name_of(card: tt.Card) -> str:
+    """Its resource and ID, as in NODE."""
+    resource, card_id, *_ = summary(tt.Snapshot((card,))).split(" ")
+    return f"{resource} {card_id}"
+
+
+def whatever_chips_do(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on all sorts of polls. In between, the plugin may be restarted."""
+    no_checks = list(hypothesis.HealthCheck)
+    settings = hypothesis.settings(deadline=None, suppress_health_check=no_checks)
+    two_halves_without_a_serial = Poll(chips=[Seen("no serial")] * 2)
+    example = hypothesis.example(polls=[two_halves_without_a_serial])
+    some_polls = given(polls=st.lists(POLL, min_size=1, max_size=6))
+    return settings(example(some_polls(test)))
+
+
+@whatever_chips_do
+def test_no_chip_is_healthy_under_two_ids(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """A Healthy card has its hardware's name and all its chips, at all times."""
+    for step in take_steps(identified, polls):
+        for card in step.new.cards:
+            if card.verdict.health == "Healthy":
+                size = 2 if card.model == "p300" else 1
+                owners = [step.owners.get(chip.pci) for chip in card.chips]
+                assert owners == [name_of(card)] * size
+
+
+@whatever_chips_do
+def test_every_chip_is_listed_and_no_id_twice(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """A chip can be in two cards: a lost card keeps those that it had."""
+    for step in take_steps(identified, polls):
+        ids = [card.id for card in step.new.cards]
+        assert len(set(ids)) == len(ids)
+        listed = {chip.pci for card in step.new.cards for chip in card.chips}
+        assert listed >= step.owners.keys()
+
+
+@whatever_chips_do
+def test_what_was_offered_stays(identified: Identified, polls: list[Poll]) -> None:
+    """It stays under its ID and resource until the plugin is restarted."""
+    for step in take_steps(identified, polls):
+        offered = {(card.id, card.resource) for card in step.old.cards if card.resource}
+        assert offered <= {(card.id, card.resource) for card in step.new.cards}
+
+
+@whatever_chips_do
+def test_the_order_of_reading_means_nothing(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """Chips are found and read in any order."""
+    any_order = random.Random(4711)
+    for now, step in enumerate(take_steps(identified, polls)):
+        for _ in range(5):
+            any_order.shuffle(step.judged)
+            again = tt.next_snapshot(step.old, step.judged, tt.Settings(), now)
+            assert again == step.new
+
+
+@whatever_chips_do
+def test_all_is_well_when_nothing_is_wrong_any_more(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """No card keeps anything of what was wrong."""
+    *_, last = take_steps(identified, polls)
+    well = {name_of(card) for card in last.new.cards if card.verdict.kind == "ok"}
+    assert well == {name for _, name in NODE} - {NOT_PAIRED}
+
+
+# ---- Another vendor's discovery ----
 
 
 class Acme:
