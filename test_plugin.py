@@ -63,7 +63,7 @@ import termios
 import threading
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -461,7 +461,7 @@ Identified = dict[str, list[tt.Chip]]
 
 @pytest.fixture(scope="module")
 def identified(tmp_path_factory: pytest.TempPathFactory) -> Identified:
-    """Key of WRONG -> what discovery makes of NODE's chips if that is wrong with all."""
+    """By key of WRONG: what discovery makes of NODE's chips if that is wrong."""
     folder = tmp_path_factory.mktemp("wrong")
     found = {}
     with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
@@ -668,8 +668,8 @@ def acme(workdir: Path) -> Iterator[Acme]:
         yield made
 
 
-def test_for_another_vendors_card(workdir: Path, acme: Acme) -> None:
-    """With another discovery all else is as it is: the list, and what a Pod gets."""
+def test_another_vendor_needs_only_another_discovery(workdir: Path, acme: Acme) -> None:
+    """Everything else works unchanged: the list, and what a Pod gets."""
     acme.there = [1, 2, 3]
     for index in acme.there:
         (workdir / str(index)).symlink_to("/dev/null")
@@ -698,7 +698,7 @@ def test_for_another_vendors_card(workdir: Path, acme: Acme) -> None:
 
 
 def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
-    """Thirty of them, together for 2 s. They cost nobody else anything."""
+    """Thirty of them together cost one poll 2 s, and nobody else anything."""
     acme.there = [*range(32)]
     acme.reads_that_return = dict.fromkeys(range(2, 32), 0)
     for promised in (2.5, 0.1):
@@ -708,7 +708,7 @@ def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
 
 
 def test_a_new_chip_that_hangs_is_offered_when_it_answers(acme: Acme) -> None:
-    """It is told as one that hangs, once it has for long, but it is no card before."""
+    """After a while it is reported as hanging, but not offered until it answers."""
     acme.there = [1]
     acme.reads_that_return = {1: 0}
     wait_until(lambda: acme.poll() == {"read-hangs": 1})
@@ -729,10 +729,9 @@ def test_a_new_chip_that_hangs_is_offered_when_it_answers(acme: Acme) -> None:
 def test_a_read_hangs_if_it_takes_five_seconds(
     workdir: Path, poll_seconds: str, polls: str
 ) -> None:
-    """One that takes less is no verdict.
+    """A shorter read is no fault.
 
-    Polls are counted, at least two, and not the time: while a process is stopped, no
-    poll is missed.
+    Polls (at least two) are counted, not seconds, so a stopped process blames nobody.
     """
     with contextlib.closing(Acme(workdir, float(poll_seconds))) as acme:
         acme.there = [1]
@@ -743,7 +742,7 @@ def test_a_read_hangs_if_it_takes_five_seconds(
         assert acme.poll() == {"read-hangs": 1}
 
 
-def test_a_chip_is_read_once_per_poll_interval(acme: Acme) -> None:
+def test_a_chip_is_read_at_most_once_per_poll_interval(acme: Acme) -> None:
     """Its thread reads at its own pace, and pauses in between."""
     times: list[float] = []
 
@@ -797,7 +796,7 @@ def test_a_removal_beside_hanging_chips_is_known_within_a_poll(
 def test_a_defect_costs_its_chip_only(
     acme: Acme, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its traceback is logged once, and the card is Healthy: nobody knows better."""
+    """Its traceback is logged once. The card stays Healthy: nobody knows better."""
     acme.there = [1, 2]
     acme.poll()
     acme.look = lambda chip: 1 // (chip.index - 1)
@@ -807,13 +806,14 @@ def test_a_defect_costs_its_chip_only(
     assert record.getMessage() == "chip 0000:01:00.0 cannot be read"
     assert "\nTraceback" in caplog.text
     card, _ = acme.inventory.snapshot.cards
+    assert card.verdict.health == "Healthy"
     assert "ZeroDivisionError" in card.verdict.reason
     acme.look = nothing
     assert acme.poll_after_reads() == {"ok": 2}
 
 
 def test_a_reader_ends_when_its_chip_is_gone(acme: Acme) -> None:
-    """No thread of a chip outlives it."""
+    """No chip's thread outlives it."""
     before = set(threading.enumerate())
     acme.there = [*range(3)]
     assert acme.poll() == {"ok": 3}
@@ -826,27 +826,23 @@ def test_a_reader_ends_when_its_chip_is_gone(acme: Acme) -> None:
         assert not thread.is_alive()
 
 
-NO_FILES = OSError(errno.EMFILE, "")
-DEFECT = ValueError(1)
-
-
 class PolledThread:
-    """A polling thread whose discovery finds what it is told, and its callbacks."""
+    """A polling thread, what its discovery finds, and two callbacks."""
 
-    def __init__(self, acme: Acme, found: list[Any]) -> None:
+    def __init__(self, acme: Acme, found: Sequence[list[int] | Exception]) -> None:
         self.acme = acme
         self.acme.find = self.find
-        self.found = found
-        self.told: list[str] = []  # what the second callback was told
+        self.found = deque(found)
+        self.reported: list[str] = []  # what the second callback was called with
         self.woken = threading.Semaphore(0)  # how often a stream was woken
         self.last = threading.Event()  # the last poll is under way
         self.stopped = threading.Event()  # and may end
         self.seconds = 0.0  # how long all polls before that took
-        self.acme.inventory.on_snapshot = [self.fail, self.tell]
+        self.acme.inventory.on_snapshot = [self.fail, self.report]
 
     def find(self) -> None:
         """Called at each poll."""
-        now = self.found.pop(0)
+        now = self.found.popleft()
         if isinstance(now, Exception):
             raise now
         self.acme.there = now
@@ -855,18 +851,18 @@ class PolledThread:
             assert self.stopped.wait(20)
 
     def fail(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
-        """The first callback: it fails at each change, and says if a stream woke."""
+        """The first callback: it fails at each change, and says if a stream woke up."""
         if old != new:
             raise ValueError(f"woken: {self.woken.acquire(timeout=10)}")
 
-    def tell(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
+    def report(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
         """The second callback."""
-        self.told.append(summary(new))
+        self.reported.append(summary(new))
 
     def run(self) -> None:
         """Poll, with a stream that waits for news, until the last poll is under way.
 
-        It is then told to stop, and does when that poll may end.
+        The thread is asked to stop then. It does when that poll may end.
         """
         asyncio.run(self._run())
 
@@ -886,35 +882,49 @@ class PolledThread:
         task.cancel()
 
 
+NO_FILES = OSError(errno.EMFILE, "")
+DEFECT = ValueError(1)
+# What each poll finds: the N of all chips, or an error.
+FOUND: list[list[int] | Exception] = [
+    [],  # the first snapshot is news: a stream wakes up, and the first callback fails
+    [1],  # so is this one
+    [1],  # nothing is new
+    NO_FILES,  # a warning
+    NO_FILES,  # nothing is new
+    [1],  # polls work again, and this is logged; nothing is new to streams
+    DEFECT,  # its traceback, and a warning
+    DEFECT,  # nothing is new
+    [1, 2],  # polls work again, and this is news: the first callback fails
+    [1],  # still running when the thread is asked to stop
+]
+
+
 @pytest.fixture
 def polled(acme: Acme, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
-    """A polling thread that will find this, one after another."""
+    """A polling thread that will find FOUND."""
     caplog.set_level(logging.INFO)
-    thread = PolledThread(
-        acme,
-        [[], [1], [1], NO_FILES, NO_FILES, [1], DEFECT, DEFECT, [1, 2], [1]],
-    )
+    thread = PolledThread(acme, FOUND)
     yield thread
     thread.stopped.set()
 
 
 def test_polls_pause_in_between(polled: PolledThread) -> None:
-    """For --poll-seconds, also after a poll that failed."""
+    """They pause for --poll-seconds, even after a poll that failed."""
     polled.run()
-    assert polled.seconds >= 9 * 0.02
+    assert polled.seconds >= (len(FOUND) - 1) * 0.02
 
 
 def test_streams_are_woken_by_news_only(
     polled: PolledThread, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And before any callback runs."""
+    """They wake up before any callback runs."""
     polled.run()
     assert caplog.text.count("ValueError: woken: True") == 3
     assert not polled.woken.acquire(blocking=False)
 
 
 def test_a_callback_that_fails_hurts_nobody(polled: PolledThread) -> None:
-    """The other callbacks run. A poll under way at the end is nothing."""
+    """The other callbacks run. A poll still running at shutdown is discarded."""
     polled.run()
     one = "x1 acme-1 1 +ok"
     two = "x1 acme-1 1 +ok, x1 acme-2 2 +ok"
@@ -922,21 +932,21 @@ def test_a_callback_that_fails_hurts_nobody(polled: PolledThread) -> None:
     polled.stopped.set()
     thread.join(10)
     assert not thread.is_alive()
-    assert polled.told == ["", one, one, one, two]
+    assert polled.reported == ["", one, one, one, two]
     assert summary(polled.acme.inventory.snapshot) == two
 
 
 def test_a_poll_that_fails_leaves_the_last_list(
     polled: PolledThread, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And is said once, and so is its end."""
+    """The failure and the recovery are each logged once."""
     polled.run()
     levels = [record.levelname for record in caplog.records]
     assert levels == [
-        *["ERROR", "ERROR"],  # of the callback that fails, at the first two changes
-        *["WARNING", "INFO"],  # it cannot look; it can again
-        *["ERROR", "WARNING"],  # the traceback of a defect; it cannot look
-        *["ERROR", "INFO"],  # of the callback; it can again
+        *("ERROR", "ERROR"),  # the callback fails at the first two changes
+        *("WARNING", "INFO"),  # polls fail for lack of files; they work again
+        *("ERROR", "WARNING"),  # the traceback of a defect; polls fail
+        *("ERROR", "INFO"),  # the callback fails; polls work again
     ]
     problems = re.findall(
         "cannot look for cards, the last list stands: (.*)", caplog.text
@@ -1012,7 +1022,8 @@ def test_each_fact_of_a_chip_is_one_file(
 ) -> None:
     """A file that is missing or makes no sense costs its fact only.
 
-    Of ASIC ids it is known where there are none: such a chip goes by its PCI address.
+    A missing ASIC id is no fault, because some drivers have none: the chip goes by its
+    PCI address.
     """
     tree = Tree(workdir, [FIRST])
     driver = Driver(tree)
@@ -1036,8 +1047,8 @@ def test_each_fact_of_a_chip_is_one_file(
     assert driver.discovery.read(bare) == (missing, reading)
 
 
-def test_what_is_known_of_a_chip(workdir: Path) -> None:
-    """All that an identified chip has."""
+def test_an_identified_chip_has_all_these_facts(workdir: Path) -> None:
+    """Each is read from sysfs."""
     tree = Tree(workdir, [FIRST])
     chip = Driver(tree).identify()
     assert chip == tt.Chip(
@@ -1057,24 +1068,30 @@ def test_what_is_known_of_a_chip(workdir: Path) -> None:
     )
 
 
-# "E..." is the error that the read fails with.
+# A text "E..." is the error that the read fails with. The last column is the fault if
+# the device node is wrong as well.
 @rows(
-    "text, heartbeat, fault, detail",
+    "text, heartbeat, fault, detail, fault_and_wrong_node",
     """
-    it beats           5            5  -             -
-    no such file       ENOENT       -  -             -
-    all ones           4294967295   -  bus-dead      -
-    no number          N/A          -  unreadable    not a number
-    11 digits          10000000000  -  unreadable    not a number
-    a policy's EACCES  EACCES       -  unreadable    EACCES
-    firmware has none  ENODATA      -  no-heartbeat  -
-    detached           ENODEV       -  gone          -
+    it beats           5            5  -             -             no-node
+    no such file       ENOENT       -  -             -             no-node
+    all ones           4294967295   -  bus-dead      -             bus-dead
+    no number          N/A          -  unreadable    not a number  no-node
+    11 digits          10000000000  -  unreadable    not a number  no-node
+    a policy's EACCES  EACCES       -  unreadable    EACCES        no-node
+    firmware has none  ENODATA      -  no-heartbeat  -             no-node
+    detached           ENODEV       -  gone          -             gone
     """,
 )
-def test_what_a_heartbeat_says(
-    workdir: Path, text: str, heartbeat: str, fault: str, detail: str
+def test_a_heartbeat_file_says_what_is_wrong(
+    workdir: Path,
+    text: str,
+    heartbeat: str,
+    fault: str,
+    detail: str,
+    fault_and_wrong_node: str,
 ) -> None:
-    """A device node that is missing, or another device, is told after what is worse."""
+    """A missing or wrong device node is reported only if nothing worse is."""
     tree = Tree(workdir, [FIRST])
     driver = Driver(tree)
     chip = driver.identify()
@@ -1083,17 +1100,18 @@ def test_what_a_heartbeat_says(
     else:
         tree.set(FIRST.pci, "tt_heartbeat", text)
     beat = None if heartbeat == "-" else int(heartbeat)
-    expected = tt.Reading(beat, fault.strip("-"), detail.strip("-"))
-    for node in ("/dev/null", "/dev/zero", "/dev", "nowhere"):
-        relink(tree.node(FIRST.pci), node)
-        if node != "/dev/null" and fault in ("-", "unreadable", "no-heartbeat"):
-            expected = expected._replace(fault="no-node")
+    _, reading = driver.discovery.read(chip)
+    assert reading == tt.Reading(beat, fault.strip("-"), detail.strip("-"))
+
+    for wrong_node in ("/dev/zero", "/dev", "nowhere"):
+        relink(tree.node(FIRST.pci), wrong_node)
         _, reading = driver.discovery.read(chip)
-        assert reading == expected, node
+        assert reading.fault == fault_and_wrong_node, wrong_node
+        assert reading.heartbeat == beat, wrong_node
 
 
 def test_a_folder_is_no_device_node(workdir: Path) -> None:
-    """Even where it has the device number of the chip."""
+    """Even if it has the chip's device number, it is none."""
     assert not tt.is_device_node(str(workdir), "0:0")
 
 
@@ -1105,7 +1123,7 @@ def test_a_folder_is_no_device_node(workdir: Path) -> None:
     a reset ends in between       tt_heartbeat               yes  resetting
     """,
 )
-def test_a_reset_is_told_from_firmware_without_a_heartbeat(
+def test_a_reset_is_not_taken_for_firmware_without_a_heartbeat(
     workdir: Path, unreadable: str, heals: str, fault: str
 ) -> None:
     """Both give ENODATA, but in a reset each file does."""
@@ -1123,8 +1141,8 @@ def test_a_reset_is_told_from_firmware_without_a_heartbeat(
     assert reading == tt.Reading(None, fault)
 
 
-def test_a_dead_bus_is_told_before_what_it_hides(workdir: Path) -> None:
-    """All of its files make no sense, and the card is not just unidentified."""
+def test_a_dead_bus_is_reported_before_what_it_hides(workdir: Path) -> None:
+    """None of its files makes sense, but the card is not just unidentified."""
     ones = "F" * 16
     chip = replace(FIRST, card_type="unknown", asic_id=ones, serial=ones)
     tree = Tree(workdir, [chip])
@@ -1133,8 +1151,8 @@ def test_a_dead_bus_is_told_before_what_it_hides(workdir: Path) -> None:
     assert summary(snapshot) == f"- {FIRST.pci} 0 -bus-dead"
 
 
-def test_the_files_may_come_one_by_one(workdir: Path) -> None:
-    """So the driver makes them: where the type is there, the ASIC id is waited for."""
+def test_an_asic_id_is_waited_for_if_the_card_type_is_there(workdir: Path) -> None:
+    """The driver makes one file after the other."""
     tree = Tree(workdir, [replace(FIRST, asic_id="")])
     path = tree.entry(FIRST.pci) / "tt_asic_id"
     driver = Driver(tree)
@@ -1146,11 +1164,11 @@ def test_the_files_may_come_one_by_one(workdir: Path) -> None:
     driver.before_read = appear
     began = time.monotonic()
     assert driver.identify().card_id == "wormhole-" + "A" * 16
-    assert time.monotonic() - began >= 0.1, "so long they may take"
+    assert time.monotonic() - began >= 0.1, "the driver may take that long"
 
 
 def test_an_asic_id_that_comes_late_is_taken(workdir: Path) -> None:
-    """Until then the card goes by its PCI address, as with drivers that have none."""
+    """Until then the card goes by its PCI address, as if its driver had no ASIC ids."""
     tree = Tree(workdir, [replace(FIRST, asic_id="")])
     driver = Driver(tree)
     chip = driver.identify()
@@ -1169,15 +1187,17 @@ def test_an_asic_id_that_comes_late_is_taken(workdir: Path) -> None:
     no such file        -                 unidentified
     """,
 )
-def test_the_serial_of_a_p300(workdir: Path, serial: str, unidentified: str) -> None:
-    """One without it is no card: nobody knows which two chips are on one board."""
+def test_a_p300_without_a_serial_of_its_own_is_not_identified(
+    workdir: Path, serial: str, unidentified: str
+) -> None:
+    """Nobody knows which two chips are on one board."""
     tree = Tree(workdir, [replace(P300[0], index=0, serial=serial.strip("-"))])
     chip = Driver(tree).identify()
     assert chip.unidentified == unidentified.strip("-")
 
 
 def test_a_serial_that_is_not_programmed_is_named(workdir: Path) -> None:
-    """Neither a reset nor an update helps."""
+    """No remedy is named, because neither a reset nor an update helps."""
     serial = "0000045100000000"
     chips = [replace(chip, heartbeat=False, serial=serial) for chip in P300]
     snapshot = inventory_of(Tree(workdir, chips)).poll(0.0)
@@ -1188,10 +1208,10 @@ def test_a_serial_that_is_not_programmed_is_named(workdir: Path) -> None:
     assert "tt-smi" not in reason
 
 
-# Of a driver before 2.7 neither of them is there.
+# A driver before 2.7 makes neither heartbeat nor ASIC id.
 @pytest.mark.parametrize("chip", [FIRST, replace(SILENT, asic_id="")])
 def test_an_identified_chip_has_one_file_read(workdir: Path, chip: Chip) -> None:
-    """Its heartbeat, nothing else: before driver 2.7 a read could oops the kernel."""
+    """It is the heartbeat: before driver 2.7 any other read could oops the kernel."""
     driver = Driver(Tree(workdir, [chip]))
     known = driver.identify()
     driver.files.clear()
@@ -1203,7 +1223,7 @@ def test_an_identified_chip_has_one_file_read(workdir: Path, chip: Chip) -> None
 
 
 def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
-    """Not while the bus is dead, which shows none."""
+    """It is not read while the bus is dead."""
     tree = Tree(workdir, [FIRST])
     driver = Driver(tree)
     chip = driver.identify()
@@ -1222,7 +1242,7 @@ def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
 
 
 def test_a_chip_that_is_probed_anew_is_identified_anew(workdir: Path) -> None:
-    """It is told by the inode of its folder. The folder's times are sysfs's own."""
+    """It is recognised by its folder's inode; the folder's timestamps mean nothing."""
     tree = Tree(workdir, [SILENT])
     inventory = inventory_of(tree)
     inventory.poll(0.0)
@@ -1238,7 +1258,7 @@ def test_a_chip_that_is_probed_anew_is_identified_anew(workdir: Path) -> None:
 
 @pytest.mark.parametrize("taken", [True, False], ids=["taken", "vanished"])
 def test_what_is_read_while_n_is_taken_is_nothing(workdir: Path, taken: bool) -> None:
-    """Another chip takes N during the read, or none: the first one is gone."""
+    """If another chip takes N during the read, or N vanishes, the first one is gone."""
     tree = Tree(workdir, [FIRST, SECOND])
     link = tree.sys / "class/tenstorrent/tenstorrent!0"
     driver = Driver(tree)
@@ -1254,8 +1274,10 @@ def test_what_is_read_while_n_is_taken_is_nothing(workdir: Path, taken: bool) ->
     assert driver.discovery.read(chip) == (chip, tt.Reading(fault="gone"))
 
 
-def test_what_in_the_class_is_a_chip(workdir: Path) -> None:
-    """An entry of the driver's form that leads to a PCI function, wherever it is."""
+def test_only_class_entries_that_lead_to_a_pci_function_are_chips(
+    workdir: Path,
+) -> None:
+    """The entry's name has the driver's form. The function may be below any bridge."""
     tree = Tree(workdir, [FIRST])
     folder = tree.sys / "class/tenstorrent"
     bridges = ("pci10000:40", "10000:40:01.1", "10000:41:00.0")
@@ -1299,9 +1321,9 @@ def test_a_class_that_cannot_be_listed_is_an_error(workdir: Path) -> None:
 def test_pci_functions_without_a_class_device_are_listed(
     workdir: Path, link: str, kind: str, driver: str
 ) -> None:
-    """With the driver that has them, and not offered.
+    """They are listed with the driver that has them, and are not offered.
 
-    The right driver has it a moment before the device node is there.
+    The right driver has one a moment before the device node is there.
     """
     tree = Tree(workdir, [SILENT, SECOND])
     tree.remove(SECOND.pci, driver="x")
@@ -1317,7 +1339,7 @@ def test_pci_functions_without_a_class_device_are_listed(
 
 
 def test_a_driver_that_lets_go_has_no_name(workdir: Path) -> None:
-    """The link to it may vanish at any moment: then it is none, and not "driver"."""
+    """The link to it may vanish at any moment: then it is "none", and not "driver"."""
     tree = Tree(workdir, [SECOND])
     tree.remove(SECOND.pci, driver="vfio-pci")
     link = tree.pci(SECOND.pci) / "driver"
@@ -1331,17 +1353,19 @@ def test_a_driver_that_lets_go_has_no_name(workdir: Path) -> None:
             link.symlink_to(target)
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(bind_and_unbind)
-        judged = [each for _ in range(2000) for each in discovery.unclaimed(set())]
+        binding = pool.submit(bind_and_unbind)
+        reasons = []
+        for _ in range(2000):
+            (listed,) = discovery.unclaimed(set())
+            reasons.append(listed.verdict.reason)
         done.set()
-    drivers = {
-        re.findall(r"driver is (\S+),", each.verdict.reason)[0] for each in judged
-    }
-    assert drivers <= {"none", "vfio-pci"}
+    binding.result()
+    names = {re.findall(r"driver is (\S+),", reason)[0] for reason in reasons}
+    assert names == {"none", "vfio-pci"}
 
 
 def test_a_card_without_its_driver_is_gone(workdir: Path) -> None:
-    """Its PCI function is still there, and listed by its address."""
+    """Its PCI function is still there, and is listed by its address."""
     tree = Tree(workdir, [SILENT])
     inventory = inventory_of(tree)
     inventory.poll(0.0)
@@ -1351,7 +1375,7 @@ def test_a_card_without_its_driver_is_gone(workdir: Path) -> None:
 
 
 def test_a_pci_function_is_asked_for_its_vendor_once(workdir: Path) -> None:
-    """A host has hundreds of them, and each poll goes over all."""
+    """A host has hundreds of them, and each poll looks at all."""
     tree = Tree(workdir, [SILENT])
     tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
     driver = Driver(tree)
@@ -1361,7 +1385,7 @@ def test_a_pci_function_is_asked_for_its_vendor_once(workdir: Path) -> None:
 
 
 def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
-    """A card comes, and no driver takes it: no class device has come or gone."""
+    """It is found even though no driver takes it, so no class device has come."""
     tree = Tree(workdir, [SILENT])
     inventory = inventory_of(tree)
     inventory.poll(0.0)
