@@ -1397,11 +1397,11 @@ def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
     assert summary(inventory.snapshot) == expected
 
 
-# ==== Appendix B. Health: README's table, row by row ==================================
+# ==== Appendix B. Health: what follows from one reading after another =================
 
 
 def test_readme_names_each_kind_of_verdict() -> None:
-    """With its health if its card was never offered, and no other kind."""
+    """Its table has each kind's health, for a card that was never offered."""
     named = {}
     for seen, verdict, _ in table("what the plugin sees, once a second"):
         (kind, *_) = in_code(seen)
@@ -1409,85 +1409,140 @@ def test_readme_names_each_kind_of_verdict() -> None:
     assert named == {kind: health for kind, (health, _) in tt.KINDS.items()}
 
 
-NOT_IDENTIFIED = ("pending", "unidentified", "no-serial")  # why a chip may not be known
+# A poll is "t=9 beat=1 -> hung": the time in seconds, what is read, and the kind of the
+# verdict. "beat=1+" was seen to change during the read; "no-file" is a chip that has no
+# heartbeat. Any other word is the fault that is read, or why the chip is not
+# identified; without "->", the verdict has that kind, too.
+HEALTH_POLL = re.compile(r"t=([\d.]+)(?: ([a-z-]+))?(?: beat=(\d+)(\+?))?(?: -> (.+))?")
+NOT_IDENTIFIED = ("pending", "unidentified", "no-serial")
+HANGS = "t=0 beat=1+ -> ok; t=1 beat=1 -> ok; t=2 beat=1 -> ok; t=13 beat=1 -> hung"
+RESETS = "t=0 beat=1+ -> ok; t=1 resetting"
 
 
-# A poll is: the time, what is read, and the kind of the verdict, "=" for the fault that
-# is read. What is read is a heartbeat, with "+" if it was seen to change in this read;
-# "-" for no file; a fault (with the heartbeat after "/" if one is read, too); or why
-# the chip is not identified.
-@rows(
-    "polls",
-    """
-    it changes, or begins anew     0 4294967294+ ok, 1 0 ok, 99 7 ok, 200 3 ok
-    no file                        0 - ok, 50 - ok, 99 - ok, 999 - ok
-    it has to change once          0 1 hung, 1 1 hung, 99 1 hung, 100 2 ok
-    ... also where it comes later  0 - ok, 9 1 hung, 10 2 ok
-    ... or can be read later       0 unreadable =, 9 1 hung, 10 2 ok
-    ... or is known later          0 pending/1 =, 9 1 hung, 10 2 ok
-    ... or at once                 0 unreadable =, 9 1+ ok
-    gone until it is back          0 1+ ok, 1 gone =, 99 gone =, 100 1 ok,\
- 101 - gone, 102 1 ok
-    hung: equal for over 12 s      0 1+ ok, 4 1 ok, 8 1 ok, 12 1 ok, 12.1 1 hung,\
- 99 1 hung
-    ... and in 3 reads             0 1+ ok, 30 1 ok, 31 1 ok, 32 1 hung
-    ... until 2 changes            0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
- 15 2 hung, 16 3 ok
-    ... and again                  0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 2 hung,\
- 15 2 hung, 16 2 hung, 27 2 hung, 28 3 hung, 29 4 ok
-    ... and its files go           0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 - gone,\
- 15 2 hung
-    SIGSTOP is no silence          0 1+ ok, 1 1 ok, 600 1 ok, 600.1 2 ok, 601 2 ok
-    a reset until 1 change after   0 1+ ok, 1 resetting =, 2 7 resetting,\
- 3 7 resetting, 4 8 ok
-    ... in the first read          0 1+ ok, 1 resetting =, 2 7+ ok
-    ... then its files go          0 1+ ok, 1 resetting =, 2 - resetting,\
- 3 1 resetting, 4 - gone
-    ... ends a hang                0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung, 14 resetting =,\
- 15 2 resetting, 16 3 ok
-    a dead bus until 1 change      0 1+ ok, 1 bus-dead =, 2 1 bus-dead, 3 2 ok
-    no device node                 0 1+ ok, 1 no-node/2 =, 14 no-node/3 =, 15 4 ok
-    ... while it hangs             0 1+ ok, 4 1 ok, 8 1 ok, 13 no-node/1 =, 14 1 hung
-    a read hangs until it returns  0 1+ ok, 2 read-hangs =, 99 read-hangs =, 100 1 ok
-    ... is no equal read           0 1+ ok, 1 1 ok, 2 read-hangs =, 99 1 ok,\
- 99.1 1 hung
-    not readable is not dead       0 1+ ok, 1 unreadable =, 9 unreadable =,\
- 99 unreadable =, 100 1 ok
-    ... nor healed                 0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
- 14 unreadable hung, 15 3 hung, 16 4 ok
-    firmware has none              0 1+ ok, 1 no-heartbeat =, 99 no-heartbeat =,\
- 100 1 hung, 101 2 ok
-    ... since a reset              0 1+ ok, 1 resetting =, 2 no-heartbeat =
-    no telemetry for 130 s         0 pending =, 130 pending =,\
- 130.1 pending no-telemetry, 132 1+ ok
-    ... and a dead bus             0 bus-dead =, 200 pending no-telemetry
-    not identified                 0 unidentified =, 999 unidentified =, 1000 1+ ok
-    ... nor ever                   0 no-serial =, 999 no-serial =
-    ... and hung                   0 1+ ok, 1 1 ok, 2 1 ok, 13 1 hung,\
- 14 unidentified/2 =, 15 2 hung
-    """,
-)
-def test_health_from_poll_to_poll(polls: str) -> None:
-    """README's table "Health", in both directions."""
+def check_health(polls: str) -> None:
+    """Each poll has its verdict. The chip has appeared at t=0."""
     history = tt.HealthHistory(1e6)
-    for poll in polls.split(", "):
-        time_of_poll, seen, kind = poll.split()
-        now = 1e6 + float(time_of_poll)
-        fault = ""
-        heartbeat = seen
-        if seen[0].isalpha():
-            fault, _, heartbeat = seen.partition("/")
-        why = fault if fault in NOT_IDENTIFIED else ""
-        chip = replace(FIRST, unidentified=why)
-        digits = heartbeat.strip("-+")
+    for poll in polls.split("; "):
+        match = HEALTH_POLL.fullmatch(poll)
+        assert match, poll
+        seconds, seen, beat, changed, kind = match.groups(default="")
+        now = 1e6 + float(seconds)
+        why_unidentified = seen if seen in NOT_IDENTIFIED else ""
+        is_fault = seen not in ("no-file", *NOT_IDENTIFIED)
+        chip = replace(FIRST, unidentified=why_unidentified)
         reading = tt.Reading(
-            heartbeat=int(digits) if digits else None,
-            fault="" if why else fault,
-            changed=heartbeat.endswith("+"),
+            heartbeat=int(beat) if beat else None,
+            fault=seen if is_fault else "",
+            changed=changed == "+",
         )
         history.observe(reading, now)
         verdict = history.verdict(chip, reading, now)
-        assert verdict.kind == (fault if kind == "=" else kind), f"at {time_of_poll}"
+        assert verdict.kind == (kind or seen), poll
+
+
+@rows(
+    "polls",
+    """
+    it changes, or begins anew  t=0 beat=4294967294+ -> ok; t=1 beat=0 -> ok;\
+ t=99 beat=7 -> ok; t=200 beat=3 -> ok
+    no file                     t=0 no-file -> ok; t=50 no-file -> ok;\
+ t=99 no-file -> ok; t=999 no-file -> ok
+    it has to change once       t=0 beat=1 -> hung; t=1 beat=1 -> hung;\
+ t=99 beat=1 -> hung; t=100 beat=2 -> ok
+    ... even if it comes later  t=0 no-file -> ok; t=9 beat=1 -> hung;\
+ t=10 beat=2 -> ok
+    ... or can be read later    t=0 unreadable; t=9 beat=1 -> hung; t=10 beat=2 -> ok
+    ... or is known later       t=0 pending beat=1; t=9 beat=1 -> hung;\
+ t=10 beat=2 -> ok
+    ... or at once              t=0 unreadable; t=9 beat=1+ -> ok
+    """,
+)
+def test_a_heartbeat_has_to_change_once(polls: str) -> None:
+    """A chip without a heartbeat is Healthy without that."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    equal for over 12 s        t=0 beat=1+ -> ok; t=4 beat=1 -> ok; t=8 beat=1 -> ok;\
+ t=12 beat=1 -> ok; t=12.1 beat=1 -> hung; t=99 beat=1 -> hung
+    ... and over 3 reads       t=0 beat=1+ -> ok; t=30 beat=1 -> ok;\
+ t=31 beat=1 -> ok; t=32 beat=1 -> hung
+    ... until 2 changes        {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
+ t=16 beat=3 -> ok
+    ... and again              {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
+ t=16 beat=2 -> hung; t=27 beat=2 -> hung; t=28 beat=3 -> hung; t=29 beat=4 -> ok
+    ... and its files go       {HANGS}; t=14 no-file -> gone; t=15 beat=2 -> hung
+    SIGSTOP is no silence      t=0 beat=1+ -> ok; t=1 beat=1 -> ok;\
+ t=600 beat=1 -> ok; t=600.1 beat=2 -> ok; t=601 beat=2 -> ok
+    """,
+)
+def test_a_heartbeat_that_stands_still_is_a_hang(polls: str) -> None:
+    """Two changes end it, because one can be the last."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    a reset until 1 change after  {RESETS}; t=2 beat=7 -> resetting;\
+ t=3 beat=7 -> resetting; t=4 beat=8 -> ok
+    ... in the first read         {RESETS}; t=2 beat=7+ -> ok
+    ... then its files go         {RESETS}; t=2 no-file -> resetting;\
+ t=3 beat=1 -> resetting; t=4 no-file -> gone
+    ... ends a hang               {HANGS}; t=14 resetting; t=15 beat=2 -> resetting;\
+ t=16 beat=3 -> ok
+    a dead bus until 1 change     t=0 beat=1+ -> ok; t=1 bus-dead;\
+ t=2 beat=1 -> bus-dead; t=3 beat=2 -> ok
+    """,
+)
+def test_a_reset_or_a_dead_bus_ends_when_the_heartbeat_changes(polls: str) -> None:
+    """Even a chip that hung before is Healthy then."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    gone until it is back          t=0 beat=1+ -> ok; t=1 gone; t=99 gone;\
+ t=100 beat=1 -> ok; t=101 no-file -> gone; t=102 beat=1 -> ok
+    no device node                 t=0 beat=1+ -> ok; t=1 no-node beat=2;\
+ t=14 no-node beat=3; t=15 beat=4 -> ok
+    ... while it hangs             t=0 beat=1+ -> ok; t=4 beat=1 -> ok;\
+ t=8 beat=1 -> ok; t=13 no-node beat=1; t=14 beat=1 -> hung
+    a read hangs until it returns  t=0 beat=1+ -> ok; t=2 read-hangs; t=99 read-hangs;\
+ t=100 beat=1 -> ok
+    ... is no equal read           t=0 beat=1+ -> ok; t=1 beat=1 -> ok;\
+ t=2 read-hangs; t=99 beat=1 -> ok; t=99.1 beat=1 -> hung
+    not readable is not dead       t=0 beat=1+ -> ok; t=1 unreadable; t=9 unreadable;\
+ t=99 unreadable; t=100 beat=1 -> ok
+    ... nor healed                 {HANGS}; t=14 unreadable -> hung;\
+ t=15 beat=3 -> hung; t=16 beat=4 -> ok
+    firmware has none              t=0 beat=1+ -> ok; t=1 no-heartbeat;\
+ t=99 no-heartbeat; t=100 beat=1 -> hung; t=101 beat=2 -> ok
+    ... since a reset              {RESETS}; t=2 no-heartbeat
+    """,
+)
+def test_other_faults_end_when_they_are_not_seen_any_more(polls: str) -> None:
+    """None of them heals a hang, or proves one."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    no telemetry for 130 s  t=0 pending; t=130 pending;\
+ t=130.1 pending -> no-telemetry; t=132 beat=1+ -> ok
+    ... and a dead bus      t=0 bus-dead; t=200 pending -> no-telemetry
+    not identified          t=0 unidentified; t=999 unidentified; t=1000 beat=1+ -> ok
+    its serial is empty     t=0 no-serial; t=999 no-serial
+    a hang is remembered    {HANGS}; t=14 unidentified beat=2; t=15 beat=2 -> hung
+    """,
+)
+def test_an_unidentified_chip_has_the_kind_that_says_why(polls: str) -> None:
+    """It has it until it is identified, for however long that takes."""
+    check_health(polls)
 
 
 # ---- A chip proves itself before it is Healthy ----
@@ -1496,7 +1551,7 @@ def test_health_from_poll_to_poll(polls: str) -> None:
 def test_a_chip_that_hangs_before_the_start_is_not_healthy(
     tree: Tree, bound: Bound
 ) -> None:
-    """The one beside it is Healthy in the very first snapshot, which waits for both."""
+    """The chip beside it is Healthy in the first snapshot, which waits for both."""
     tree.still.add(FIRST.pci)
     tree.add(FIRST)
     tree.add(SECOND)
@@ -1504,12 +1559,12 @@ def test_a_chip_that_hangs_before_the_start_is_not_healthy(
     snapshot = inventory_of(tree).poll(began)
     seconds = time.monotonic() - began
     bound("a first poll with a hung chip", seconds, 1.5)
-    assert seconds >= 1.1, "one that beats once a second proves itself, too"
+    assert seconds >= 1.1, "a chip that beats once a second must get its chance"
     assert summary(snapshot) == f"n150 {FIRST.id} 0 -hung, n150 {SECOND.id} 1 +ok"
 
 
 def test_a_chip_that_is_probed_anew_proves_itself_anew(tree: Tree) -> None:
-    """After a reset its class device is another one, and its heartbeat the same."""
+    """After a reset it has another class device, but its heartbeat may be the same."""
     tree.add(FIRST)
     inventory = inventory_of(tree)
     assert summary(inventory.poll(0.0)) == f"n150 {FIRST.id} 0 +ok"
@@ -1519,7 +1574,7 @@ def test_a_chip_that_is_probed_anew_proves_itself_anew(tree: Tree) -> None:
 
 
 def test_a_proof_takes_two_beats_at_most(four: Tree, bound: Bound) -> None:
-    """So a start takes 0.2 s longer at most, at ten beats a second."""
+    """At ten beats a second, a start takes at most 0.2 s longer."""
     began = time.monotonic()
     snapshot = inventory_of(four).poll(began)
     bound("four cards found and proven", time.monotonic() - began, 0.2)
@@ -1527,7 +1582,7 @@ def test_a_proof_takes_two_beats_at_most(four: Tree, bound: Bound) -> None:
 
 
 def test_one_proof_is_enough(workdir: Path) -> None:
-    """Later reads read the heartbeat once. After a reset it is to be proven again."""
+    """Later reads read the heartbeat once. After a reset a chip proves itself again."""
     tree = Tree(workdir, [FIRST])
     driver = Driver(tree)
 
@@ -1549,7 +1604,7 @@ def test_one_proof_is_enough(workdir: Path) -> None:
 
 
 def test_a_chip_is_proven_as_soon_as_it_is_identified(workdir: Path) -> None:
-    """Before that, its heartbeat is read once, and nobody waits for a change."""
+    """Before that, its heartbeat is read once, without waiting for a change."""
     tree = Tree(workdir, [replace(FIRST, card_type="")])
     driver = Driver(tree)
     chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
