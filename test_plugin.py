@@ -4439,13 +4439,13 @@ DEBIAN_CPU = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def build(folder: Path, *words: str, umask: int = 0o022, **variables: Any) -> Finished:
-    """`./build.sh WORDS` of that folder, with this interpreter or PYTHON."""
+    """Run `./build.sh WORDS` in that folder, with this interpreter or PYTHON."""
     env = {**os.environ, "PYTHON": sys.executable, **variables}
     return finish([folder / "build.sh", *words], env=env, umask=umask)
 
 
 def build_words(packed: Path) -> list[str]:
-    """What build.sh is told to make this file."""
+    """The arguments of build.sh that make this file."""
     return ["--universal"] if packed == UNIVERSAL else []
 
 
@@ -4454,7 +4454,7 @@ def build_words(packed: Path) -> list[str]:
     ids=[PYZ.name, UNIVERSAL.name],
 )
 def packed(request: pytest.FixtureRequest) -> Path:
-    """The file for this interpreter; with --long the universal one, too."""
+    """The file for this interpreter; with --long also the universal one."""
     path = Path(request.param)
     done = build(HERE, *build_words(path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -4464,7 +4464,7 @@ def packed(request: pytest.FixtureRequest) -> Path:
 def interpreters() -> dict[int, str]:
     """The CPythons 3.N of this machine, by N.
 
-    Those on PATH come last, as shims may refuse.
+    pyenv's own come before those on PATH, because its shims may refuse.
     """
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     folders = [*map(str, pyenv.glob("versions/3.*/bin")), os.environ["PATH"]]
@@ -4477,7 +4477,7 @@ def interpreters() -> dict[int, str]:
 
 
 def test_builds_are_reproducible(packed: Path) -> None:
-    """The same bytes, wherever they are built, whose SHA-256 the build says."""
+    """The same bytes come out anywhere. The build prints their SHA-256."""
     before = packed.read_bytes()
     python = sys.executable
     if packed == UNIVERSAL:
@@ -4493,8 +4493,8 @@ def test_builds_are_reproducible(packed: Path) -> None:
     assert stat.S_IMODE(packed.stat().st_mode) == 0o755, "any user may run it"
 
 
-def test_what_is_packed(packed: Path) -> None:
-    """Native modules for just its interpreters, and nothing of this machine."""
+def test_packed_file_has_modules_for_just_its_pythons(packed: Path) -> None:
+    """Nothing in it is of this machine."""
     with zipfile.ZipFile(packed) as archive:
         content = {entry: archive.read(entry) for entry in archive.infolist()}
     for entry, data in content.items():
@@ -4512,8 +4512,8 @@ def test_what_is_packed(packed: Path) -> None:
 
 
 @long_only
-def test_the_list_of_contents_is_true() -> None:
-    """The universal file has the packages that are locked, with their licences."""
+def test_sbom_lists_the_locked_packages_with_licences() -> None:
+    """The universal file has one inside."""
     assert build(HERE, "--universal").returncode == 0
     with zipfile.ZipFile(UNIVERSAL) as archive:
         sbom = json.loads(archive.read("sbom.cdx.json"))
@@ -4536,42 +4536,40 @@ INDEX = {
 }
 
 
+# What is changed in requirements.txt: a pattern, and what replaces it.
+Edit = tuple[str, str]
+TAMPERED: Edit = (r"sha256:\w{8}", "sha256:00000000")
+NOT_LOCKED: Edit = ("for: grpcio==", "for: grpcio!=")
+
+
 @pytest.mark.parametrize(
-    ("pattern", "text", "words", "variables", "says"),
+    ("edit", "words", "variables", "message"),
     [
-        pytest.param("^", "", [], INDEX, "grpcio", id="no index but the user's"),
+        pytest.param(None, [], INDEX, "grpcio", id="no index but the user's"),
+        pytest.param(TAMPERED, [], {}, "hash", id="a tampered mirror"),
+        pytest.param(NOT_LOCKED, [], {}, r"\./build\.sh lock", id="no lock"),
         pytest.param(
-            r"sha256:\w{8}", "sha256:00000000", [], {}, "hash", id="a tampered mirror"
-        ),
-        pytest.param(
-            "for: grpcio==", "for: grpcio!=", [], {}, r"\./build\.sh lock", id="no lock"
-        ),
-        pytest.param(
-            "^",
-            "",
-            ["image"],
-            {"TOOL": "no-tool"},
-            "no-tool(.|\n)*podman",
-            id="no tool",
+            None, ["image"], {"TOOL": "no-tool"}, "no-tool(.|\n)*podman", id="no tool"
         ),
     ],
 )
-def test_refused_builds(
+def test_builds_that_cannot_be_right_are_refused(
     tmp_path: Path,
-    pattern: str,
-    text: str,
+    edit: Edit | None,
     words: list[str],
     variables: dict[str, Any],
-    says: str,
+    message: str,
 ) -> None:
-    """A sentence, exit code 1, and no file, where nothing has been built yet."""
+    """A sentence says why, the exit code is 1, and there is no file."""
     ignore = shutil.ignore_patterns("build", "dist", ".git", "__pycache__", ".*cache")
     project = Path(shutil.copytree(HERE, tmp_path / "project", ignore=ignore))
     path = project / "requirements.txt"
-    path.write_text(re.sub(pattern, text, path.read_text()))
+    if edit:
+        pattern, text = edit
+        path.write_text(re.sub(pattern, text, path.read_text()))
     done = build(project, *words, **variables)
     assert done.returncode == 1
-    assert re.search(says, done.stderr, re.IGNORECASE), done.stderr
+    assert re.search(message, done.stderr, re.IGNORECASE), done.stderr
     assert not (project / "dist").exists()
 
 
@@ -4581,9 +4579,9 @@ def test_refused_builds(
 def offers_cards(
     kubelet: Kubelet, command: Sequence[str], root: str, **box: str
 ) -> None:
-    """This command offers four cards, a Pod gets one, and it ends.
+    """This command offers four cards, a Pod gets one, and SIGTERM ends the command.
 
-    `root` is where the test's folder is seen.
+    `root` is where the command sees the test's folder.
     """
     flags = [
         f"--kubelet-dir={root}/k",
@@ -4602,7 +4600,7 @@ def offers_cards(
     "minor", [10, *(pytest.param(n, marks=long_only) for n in PYTHONS[1:])]
 )
 def test_serves_on_each_python(four: Tree, kubelet: Kubelet, minor: int) -> None:
-    """The universal file, with an empty environment."""
+    """It is the universal file, run in an empty environment."""
     python = interpreters().get(minor)
     if not python:
         pytest.skip(f"there is no python3.{minor} here, neither pyenv's nor on PATH")
@@ -4613,7 +4611,7 @@ def test_serves_on_each_python(four: Tree, kubelet: Kubelet, minor: int) -> None
 
 
 def needs_namespace(*tools: str) -> None:
-    """Skip what needs these tools, and root that may make a mount namespace."""
+    """Skip a test that needs these tools, and the right to make a mount namespace."""
     missing = [tool for tool in tools if not shutil.which(tool)]
     if missing or finish(["unshare", "-m", "true"]).returncode:
         pytest.skip(
@@ -4657,9 +4655,9 @@ BOXES = {
     ),
 }
 
-# Runs the rest of the line in $ROOT as "nonroot" of many images, with only these
-# $VARIABLES in the environment; everything is read-only but the kubelet's folder, and
-# all vanishes with the process.
+# Runs the rest of the line in $ROOT, as the user "nonroot" of many images, with only
+# these $VARIABLES in the environment. Everything but the kubelet's folder is read-only,
+# and all mounts vanish with the process.
 IN_BOX_SCRIPT = r"""
 cd "$ROOT"; mkdir -p dev proc mnt srv home; mount --bind . .; cd "$ROOT"
 mount --bind /dev dev; mount --bind /proc proc
@@ -4697,7 +4695,7 @@ def debian_root(box: Box) -> Path:
 
 @pytest.fixture
 def open_kubelet(kubelet: Kubelet) -> Kubelet:
-    """One whose folder and socket "nonroot" may use."""
+    """A kubelet whose folder and socket "nonroot" may use."""
     kubelet.start()
     os.chown(kubelet.folder, 65532, 65532)
     kubelet.socket.chmod(0o666)
@@ -4707,7 +4705,7 @@ def open_kubelet(kubelet: Kubelet) -> Kubelet:
 @long_only
 @pytest.mark.parametrize("name", BOXES)
 def test_serves_in_a_bare_debian(four: Tree, open_kubelet: Kubelet, name: str) -> None:
-    """With nothing but Python and libstdc++6, as a user without rights."""
+    """It needs nothing but Python and libstdc++6, and no rights."""
     box = BOXES[name]
     needs_namespace("mmdebstrap", box.tool)
     assert build(HERE, "--universal").returncode == 0
@@ -4739,7 +4737,7 @@ podman image mount localhost/plugin:1
 
 @long_only
 def test_serves_as_an_image(four: Tree, open_kubelet: Kubelet, tmp_path: Path) -> None:
-    """As a user without rights. It compiles nothing at its start."""
+    """It needs no rights, and compiles nothing at its start."""
     needs_namespace("mmdebstrap", "podman")
     box: dict[str, Any] = {
         "ROOT": str(debian_root(BOXES["bookworm"])),
@@ -4764,7 +4762,7 @@ def test_serves_as_an_image(four: Tree, open_kubelet: Kubelet, tmp_path: Path) -
 
 
 def test_packed_file_starts(packed: Path, tmp_path: Path) -> None:
-    """Eight at once, as a command, and none leaves a file."""
+    """Eight start at once, each as a command, and none leaves a file."""
     file = tmp_path / "a folder with spaces/the file"
     empty = tmp_path / "empty"
     file.parent.mkdir()
@@ -4818,13 +4816,13 @@ def changed(packed: Path, change: str) -> list[str]:
 def test_packed_file_says_what_is_missing(
     packed: Path, change: str, code: int, says: str
 ) -> None:
-    """In one sentence; it can do without memfd_create."""
+    """It is one sentence. The file can do without memfd_create."""
     check_version(changed(packed, change), code, says)
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_packed_file_ends_by_a_signal_while_it_starts(packed: Path, how: str) -> None:
-    """With exit code 0, and without a traceback."""
+    """Its exit code is 0, and there is no traceback."""
     change = f"""
 def send(event, arguments):
     if event == "import" and arguments[0] == "grpc":
@@ -4835,17 +4833,26 @@ sys.addaudithook(send)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_packed_file_names_its_pythons(packed: Path) -> None:
-    """To any other one."""
+def not_for_this_python(packed: Path) -> str:
+    """A pattern for what a packed file says to a Python that it is not for."""
     minors = PYTHONS if packed == UNIVERSAL else [sys.version_info.minor]
     versions = ", ".join(f"3.{minor}" for minor in minors)
-    says = f"is not for this Python.* CPython {versions} on "
+    return f"is not for this Python.* CPython {versions} on "
+
+
+def test_packed_file_names_its_pythons(packed: Path) -> None:
+    """Another one, such as one that is newer, gets a sentence and exit code 1."""
     change = "importlib.machinery.EXTENSION_SUFFIXES[:] = ['.cpython-399-other.so']"
-    check_version(changed(packed, change), 1, says)
-    for minor, path in interpreters().items():
-        if minor < min(PYTHONS):
-            check_version([path, str(packed)], 1, says)
-            return
+    check_version(changed(packed, change), 1, not_for_this_python(packed))
+
+
+def test_packed_file_names_its_pythons_to_an_old_one(packed: Path) -> None:
+    """It is read by a Python that may not know its syntax."""
+    old = [path for minor, path in interpreters().items() if minor < min(PYTHONS)]
+    if not old:
+        pytest.skip("there is no CPython 3.4 to 3.9 here, neither pyenv's nor on PATH")
+    for path in old:
+        check_version([path, str(packed)], 1, not_for_this_python(packed))
 
 
 # ==== README and daemonset.yaml: what they say ========================================
@@ -4855,7 +4862,7 @@ ACCOUNT, MANIFEST = yaml.safe_load_all(MANIFEST_TEXT)
 
 
 def kubernetes_versions() -> list[str]:
-    """The oldest and the newest whose objects can be judged here."""
+    """Oldest and newest Kubernetes versions the validator knows."""
     versions = kubernetes_validate.utils.all_versions()
     versions.sort(key=lambda text: [*map(int, text.split("."))])
     return [versions[0], versions[-1]]
@@ -4898,7 +4905,7 @@ IMAGE_NAME = "registry.example/plugin:7"
 
 @pytest.fixture(params=["file", "image"])
 def objects(request: pytest.FixtureRequest) -> list[Event]:
-    """Those of the manifest for the file on the node, and of that for an image."""
+    """The manifest's objects: for the file on the node, and for an image."""
     if request.param == "file":
         return [ACCOUNT, MANIFEST]
     done = finish([sys.executable, HERE / "tools/manifest.py", IMAGE_NAME])
@@ -4909,31 +4916,39 @@ def objects(request: pytest.FixtureRequest) -> list[Event]:
 
 @pytest.fixture
 def manifest(objects: list[Event]) -> Event:
-    """The DaemonSet of either."""
+    """The DaemonSet of either manifest."""
     _, daemonset = objects
     return daemonset
 
 
 @pytest.mark.parametrize("version", kubernetes_versions())
 def test_manifest_is_valid(objects: list[Event], version: str) -> None:
-    """And so is README's Pod."""
+    """README's Pod is valid, too."""
     for one in (*objects, POD):
         kubernetes_validate.validate(one, version, strict=True)
 
 
-# How README or a comment says to edit the manifest: a pattern, and what replaces it.
-EDITS = {
-    "no SELinux type": (r"^ *seLinuxOptions:\n.*\n", ""),
-    "before 1.22": (r"^ *rollingUpdate:\n.*\n.*\n", ""),
-    "only labelled nodes": (r"# (tenstorrent\.com/cards: )", r"\1"),
-    "Node Feature Discovery": (r"# (- key: feature.*\n *)# (.*\n *)# ", r"\1\2"),
+# README's words for an edit of the manifest, and the edit: a pattern, and what replaces
+# it.
+EDITS: dict[str, Edit] = {
+    "delete `seLinuxOptions` and the line below it": (r"^ *seLinuxOptions:\n.*\n", ""),
+    "delete `rollingUpdate` and the two lines below it": (
+        r"^ *rollingUpdate:\n.*\n.*\n",
+        "",
+    ),
+    "uncomment `tenstorrent.com/cards`": (r"# (tenstorrent\.com/cards: )", r"\1"),
+    "uncomment the Node Feature Discovery lines": (
+        r"# (- key: feature.*\n *)# (.*\n *)# ",
+        r"\1\2",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_manifest_can_be_edited_as_readme_says(name: str) -> None:
+@pytest.mark.parametrize("words", EDITS)
+def test_manifest_can_be_edited_as_readme_says(words: str) -> None:
     """It stays valid, and means something else."""
-    pattern, new = EDITS[name]
+    assert words in " ".join(README.split())
+    pattern, new = EDITS[words]
     text, count = re.subn(pattern, new, MANIFEST_TEXT, flags=re.MULTILINE)
     assert count == 1
     account, edited = yaml.safe_load_all(text)
@@ -4944,7 +4959,7 @@ def test_manifest_can_be_edited_as_readme_says(name: str) -> None:
 
 
 def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
-    """And no more. It writes to the kubelet's folder alone."""
+    """It takes nothing else, and writes to the kubelet's folder alone."""
     container = container_of(manifest)
     volumes = manifest["spec"]["template"]["spec"]["volumes"]
     paths = {volume["name"]: volume["hostPath"]["path"] for volume in volumes}
@@ -4962,7 +4977,7 @@ def test_manifest_takes_what_it_needs_of_the_host(manifest: Event) -> None:
 
 
 def test_manifest_runs_on_each_real_node(manifest: Event) -> None:
-    """Whatever taints it has. On a virtual node the Pod would be Pending for ever."""
+    """It tolerates any taint. On a virtual node the Pod would be Pending for ever."""
     spec = manifest["spec"]["template"]["spec"]
     assert spec["tolerations"] == [{"operator": "Exists"}]
     assert spec["nodeSelector"] == {"kubernetes.io/os": "linux"}
@@ -4983,7 +4998,7 @@ def test_manifest_updates_without_a_gap(manifest: Event) -> None:
 
 
 def test_manifest_has_an_account_of_its_own(objects: list[Event]) -> None:
-    """Without a token. README names it for OpenShift."""
+    """The account has no token. README names it for OpenShift."""
     account, manifest = objects
     spec = manifest["spec"]["template"]["spec"]
     name = account["metadata"]["name"]
@@ -5010,7 +5025,7 @@ def test_images_are_named_with_their_registry() -> None:
 
 
 def test_manifest_has_one_port(manifest: Event) -> None:
-    """It is listened on, declared, probed and scraped."""
+    """The plugin listens there, and it is declared, probed and scraped."""
     container = container_of(manifest)
     (port,) = container["ports"]
     assert f"--listen=:{port['containerPort']}" in container["args"]
@@ -5021,7 +5036,7 @@ def test_manifest_has_one_port(manifest: Event) -> None:
 
 
 def test_manifest_has_no_privileges(manifest: Event) -> None:
-    """It is root without capabilities, on a read-only root."""
+    """It is root without capabilities, on a read-only file system."""
     spec = manifest["spec"]["template"]["spec"]
     context = container_of(manifest)["securityContext"]
     expected = {
@@ -5048,7 +5063,7 @@ def manifest_command(folder: Path, port: int = 0) -> list[str]:
 
 
 def test_manifest_waits_for_the_file(workdir: Path) -> None:
-    """It says in one line what to copy. Once it is there, it is run with the flags."""
+    """One line says what to copy. Once the file is there, it is run with the flags."""
     with zipfile.ZipFile(workdir / "draft", "w") as file:
         program = "import sys; sys.exit('RUNS ' + ' '.join(sys.argv))"
         file.writestr("__main__.py", program)
@@ -5061,9 +5076,9 @@ def test_manifest_waits_for_the_file(workdir: Path) -> None:
 
 
 def test_waiting_for_the_file_answers_probes(workdir: Path) -> None:
-    """The Pod is Ready, and its pages say what is missing, as a comment to Prometheus.
+    """So the Pod is Ready. Its pages say what is missing, in a comment of Prometheus.
 
-    A head is all that HEAD gets.
+    HEAD gets the head alone.
     """
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
@@ -5076,19 +5091,21 @@ def test_waiting_for_the_file_answers_probes(workdir: Path) -> None:
 
 
 def test_waiting_for_the_file_ends_by_sigterm(workdir: Path) -> None:
-    """And not only by force, after the Pod's grace period."""
+    """So nobody waits for the end of the Pod's grace period."""
     with contextlib.closing(Plugin(manifest_command(workdir))) as waiting:
         waiting.wait_for_line(r"tt-device-plugin\.pyz")
-        waiting.end(timeout=5)
+        code, seconds = waiting.end(signal.SIGTERM)
+    assert code == 0
+    assert seconds < 5
 
 
 # ---- --fake ----
 
 
 def test_readmes_pod_gets_made_up_cards(kubelet: Kubelet, launch: Launch) -> None:
-    """What it asks for; a Pod with two resources gets the rest, without a conflict.
+    """README's Pod gets what it asks for, and one with two resources gets the rest.
 
-    See kubelet contract 12.
+    Their answers do not conflict (kubelet contract 12).
     """
     flags = ["--fake=n150=196,p300=2", "--hugepages=always"]
     launch(None, kubelet, *flags, offers=196)
@@ -5105,8 +5122,10 @@ def test_readmes_pod_gets_made_up_cards(kubelet: Kubelet, launch: Launch) -> Non
     assert not kubelet.seen("conflict")
 
 
-def test_the_tree_of_made_up_cards(kubelet: Kubelet, launch: Launch) -> None:
-    """A card taken out of it is Unhealthy. It goes with the process."""
+def test_made_up_cards_are_files_that_can_be_removed(
+    kubelet: Kubelet, launch: Launch
+) -> None:
+    """A card without its files is Unhealthy. The rest goes with the process."""
     plugin = launch(None, kubelet, "--fake=n150=2", offers=2)
     line = plugin.wait_for_line("made-up cards in")
     (folder,) = re.findall("made-up cards in ([^:]*):", line)
@@ -5120,8 +5139,8 @@ def test_the_tree_of_made_up_cards(kubelet: Kubelet, launch: Launch) -> None:
 # ---- README ----
 
 
-def test_readme_first_command() -> None:
-    """It prints what README shows, where that is not cut."""
+def test_readme_shows_what_its_first_command_prints() -> None:
+    """In README "..." stands for what is left out."""
     (words,) = re.findall(r"^\./build\.sh (run .*)$", blocks("sh")[0], re.MULTILINE)
     done = build(HERE, *words.split())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -5134,8 +5153,8 @@ def test_readme_first_command() -> None:
         assert shown, f"{line!r}:\n{printed}"
 
 
-def test_readme_unit(tmp_path: Path) -> None:
-    """`./build.sh unit`: no fault, README's path, and the exposure that README says."""
+def test_unit_is_valid_and_as_confined_as_readme_says(tmp_path: Path) -> None:
+    """`./build.sh unit` prints it. It runs the file that README installs."""
     if not shutil.which("systemd-analyze"):
         pytest.skip("there is no systemd-analyze: it is in the package systemd")
     unit = tmp_path / "tt-device-plugin.service"
@@ -5156,7 +5175,7 @@ def test_readme_unit(tmp_path: Path) -> None:
 
 
 def test_readme_names_each_metric() -> None:
-    """And no other."""
+    """It names no other metric."""
     named = {name for row in table("metric") for name in in_code(row[0])}
     assert named == tt.HELP.keys()
 
@@ -5172,13 +5191,14 @@ def test_readme_names_what_there_is_to_change() -> None:
 
 
 def test_readme_names_the_files_in_tools() -> None:
-    """They are there."""
+    """Each file that its table names is there."""
     names = {name for files, _ in table("in `tools/`") for name in in_code(files)}
+    assert names
     assert names <= {*os.listdir(HERE / "tools")}
 
 
-def test_readme_links() -> None:
-    """They lead to headings and files that are there."""
+def test_readme_links_lead_to_headings_and_files() -> None:
+    """Links to other sites are not followed."""
     anchors = set()
     for head in re.findall(r"^#+ (.*)$", README, re.MULTILINE):
         words = re.sub(r"[^a-z0-9 _-]", "", head.lower())
@@ -5189,16 +5209,16 @@ def test_readme_links() -> None:
         assert link in anchors or (HERE / link).is_file(), link
 
 
-def test_readme_version() -> None:
-    """There is no version in it but this one."""
+def test_readme_names_this_version_only() -> None:
+    """It does so in the names of images."""
     assert {*re.findall(r"tt-device-plugin:(\d+\.\d+\.\d+)", README)} == {
         tt.__version__
     }
 
 
-# CDI as podman reads it, with an empty /run, so that no other spec or container is in
-# the way. As hardly any container lets one raise limits, they stay. runc, as crun
-# refuses some hosts' cgroups.
+# Runs a container with podman, on a CDI spec. /run is empty, so that no other spec or
+# container is in the way. Limits stay as they are, because hardly any container may
+# raise them. It is runc, because crun refuses some hosts' cgroups.
 PODMAN = r"""
 mount -t tmpfs none /run
 cd /run
@@ -5213,7 +5233,7 @@ exec podman --root /run/storage --cgroup-manager cgroupfs --runtime runc run --r
 
 
 def test_podman_takes_the_cdi_spec(workdir: Path) -> None:
-    """`--device tenstorrent.com/card=...`: that card's device nodes, and no other."""
+    """`--device tenstorrent.com/card=...` gives that card's device nodes alone."""
     needs_namespace("podman", "runc", "busybox")
     made = {"n150": 2, "p300": 1}
     tt.make_fake_tree(workdir, made)
@@ -5228,10 +5248,12 @@ def test_podman_takes_the_cdi_spec(workdir: Path) -> None:
         assert done.stdout.split() == nodes.split(), done.stderr
 
 
-def test_readme_symptoms(request: pytest.FixtureRequest, said: str) -> None:
-    """Each symptom in README is what a plugin said in another test of this run.
+def test_readme_symptoms_are_what_plugins_say(
+    request: pytest.FixtureRequest, said: str
+) -> None:
+    """Each was said by a plugin in another test of this run.
 
-    "..." stands for anything.
+    In README "..." stands for anything.
     """
     everything = {name for name in globals() if name.startswith("test_")}
     selected = {getattr(item, "originalname", "") for item in request.session.items}
@@ -5252,8 +5274,8 @@ def test_readme_symptoms(request: pytest.FixtureRequest, said: str) -> None:
 # ==== You can stop reading here =======================================================
 # What follows tests what the tests above stand on: the wire, and the fake kubelet.
 
-# Kubernetes 1.36: the fields of each message, numbered from 1 in this order, and the
-# methods. "*": repeated, or a stream.
+# The API of Kubernetes 1.36: each message with its fields, which are numbered from 1 in
+# this order, and each method with its request and answer. "*" is repeated, or a stream.
 WIRE = """
 Empty:
 DevicePluginOptions: bool pre_start_required, bool get_preferred_allocation_available
@@ -5302,8 +5324,8 @@ def wire_line(message: Any) -> str:
     return f"{message.name}:{','.join(fields)}"
 
 
-def test_wire() -> None:
-    """The stubs have just these messages and methods."""
+def test_the_stubs_have_the_messages_and_methods_of_kubernetes() -> None:
+    """They have no others."""
     file = descriptor_pb2.FileDescriptorProto()
     api.DESCRIPTOR.CopyToProto(file)
     assert (file.package, file.syntax) == ("v1beta1", "proto3")
@@ -5323,7 +5345,7 @@ X = "example.com/x"
 
 
 def test_fake_kubelet_clears_sockets(kubelet: Kubelet, puppets: Puppets) -> None:
-    """Kubelet contract 1: sockets go, files stay."""
+    """Sockets go, files stay (kubelet contract 1)."""
     kubelet.start()
     assert stat.S_IMODE(kubelet.folder.stat().st_mode) in (0o750, 0o700), (
         "less the umask"
@@ -5341,7 +5363,7 @@ def test_fake_kubelet_clears_sockets(kubelet: Kubelet, puppets: Puppets) -> None
 
 
 def test_fake_kubelet_listens_after_it_was_bound(kubelet: Kubelet) -> None:
-    """Kubelet contract 1: the file is there, and a dial is refused."""
+    """The file is there, but a dial is refused (kubelet contract 1)."""
     began = kubelet.start(wait="bound", listen_delay=0.3)
     path = kubelet.socket
     inode = path.stat().st_ino
@@ -5380,7 +5402,7 @@ def test_fake_kubelet_listens_after_it_was_bound(kubelet: Kubelet) -> None:
 def test_fake_kubelet_judges_registrations(
     kubelet: Kubelet, puppets: Puppets, field: str, value: str, says: str
 ) -> None:
-    """Kubelet contract 2: what is wrong fails the call, and nothing is kept."""
+    """A wrong field fails the call, and nothing is kept (kubelet contract 2)."""
     kubelet.start(dial_limit=0.3)
     puppet = puppets(X)
     with pytest.raises(grpc.RpcError, match=rf"StatusCode\.UNKNOWN(.|\n)*{says}"):
@@ -5392,7 +5414,7 @@ def test_fake_kubelet_judges_registrations(
 
 @both_generations
 def test_fake_kubelet_generations(kubelet: Kubelet, puppets: Puppets) -> None:
-    """Kubelet contract 3: 1.20 dials afterwards, and takes the request's options."""
+    """1.20 dials afterwards, and takes the request's options (kubelet contract 3)."""
     kubelet.start(dial_delay=0.2)
     puppet = puppets(X, pre_start_required=True)
     puppet.register(options={"pre_start_required": False})
@@ -5411,7 +5433,7 @@ def test_fake_kubelet_generations(kubelet: Kubelet, puppets: Puppets) -> None:
 
 
 def test_fake_kubelet_takes_whole_lists(kubelet: Kubelet, puppets: Puppets) -> None:
-    """Kubelet contract 6: Unhealthy is capacity, missing is not."""
+    """Unhealthy counts as capacity, missing does not (kubelet contract 6)."""
     kubelet.start()
     puppet = puppets(X)
     puppet.register()
@@ -5424,7 +5446,7 @@ def test_fake_kubelet_takes_whole_lists(kubelet: Kubelet, puppets: Puppets) -> N
 
 
 def test_fake_kubelet_has_the_race(kubelet: Kubelet, puppets: Puppets) -> None:
-    """Kubelet contract 5: the end of an older stream disconnects the newer plugin."""
+    """An older stream's end disconnects the newer plugin (kubelet contract 5)."""
     kubelet.start()
     old = puppets(X, "old.sock")
     new = puppets(X, "new.sock")
@@ -5446,7 +5468,7 @@ def test_fake_kubelet_has_the_race(kubelet: Kubelet, puppets: Puppets) -> None:
 def test_fake_kubelet_fills_up_what_is_preferred(
     kubelet: Kubelet, puppets: Puppets
 ) -> None:
-    """Kubelet contract 10: and leaves out what is not there."""
+    """It leaves out what is not there (kubelet contract 10)."""
     kubelet.start()
     puppet = puppets(X, get_preferred_allocation_available=True)
     answer = {"container_responses": [{"deviceIDs": ["nobody", "b"]}]}
@@ -5471,7 +5493,7 @@ def answering(puppet: Any, text: str) -> Any:
 
 
 def test_fake_kubelet_keeps_the_answer(kubelet: Kubelet, puppets: Puppets) -> None:
-    """Kubelet contract 9, 11, 13: over restarts of kubelet and plugin."""
+    """It outlives restarts of kubelet and plugin (kubelet contract 9, 11 and 13)."""
     kubelet.start()
     puppet = answering(puppets(X, "1.sock", pre_start_required=True), "first")
     puppet.register()
@@ -5505,7 +5527,7 @@ def entries(kubelet: Kubelet) -> list[Event]:
 
 
 def test_fake_kubelet_writes_a_checkpoint(kubelet: Kubelet, puppets: Puppets) -> None:
-    """Kubelet contract 8: in the kubelet's own format, for root alone."""
+    """It has the kubelet's own format, and is for root (kubelet contract 8)."""
     kubelet.start()
     puppet = answering(puppets(X), "first")
     puppet.register()
@@ -5530,7 +5552,7 @@ def test_fake_kubelet_writes_a_checkpoint(kubelet: Kubelet, puppets: Puppets) ->
 def test_fake_kubelet_forgets_ended_pods_late(
     kubelet: Kubelet, puppets: Puppets
 ) -> None:
-    """Kubelet contract 8: at the next admission, and the file has them until then."""
+    """The file has them until the next admission (kubelet contract 8)."""
     kubelet.start()
     puppet = puppets(X)
     puppet.register()
@@ -5546,7 +5568,7 @@ def test_fake_kubelet_forgets_ended_pods_late(
 def test_fake_kubelet_has_entries_by_container(
     kubelet: Kubelet, puppets: Puppets
 ) -> None:
-    """Kubelet contract 8: init and app containers of a Pod may have the same ids."""
+    """A Pod's init and app containers may share IDs (kubelet contract 8)."""
     kubelet.start()
     puppet = puppets(X)
     puppet.register()
@@ -5560,7 +5582,7 @@ def test_fake_kubelet_has_entries_by_container(
 
 
 def test_fake_kubelet_merges_by_key(kubelet: Kubelet, puppets: Puppets) -> None:
-    """Kubelet contract 12: of two values for one name, the second is dropped."""
+    """Of two values for one name, the second is dropped (kubelet contract 12)."""
     kubelet.start()
     for number in "12":
         puppet = puppets(X + number, f"{number}.sock")
@@ -5595,7 +5617,7 @@ def test_fake_kubelet_merges_by_key(kubelet: Kubelet, puppets: Puppets) -> None:
 def test_fake_kubelet_topology_hints(
     kubelet: Kubelet, puppets: Puppets, devices: list[Any], size: int, hints: Any
 ) -> None:
-    """Kubelet contract 7: -1 matches nothing; all devices have a topology or none."""
+    """-1 matches nothing, and a mix has no hints (kubelet contract 7)."""
     kubelet.start()
     puppet = puppets(X)
     puppet.register()
