@@ -145,7 +145,7 @@ def inventory_of(tree: Tree) -> tt.Inventory:
 
 
 def summary(snapshot: tt.Snapshot) -> str:
-    """Of each card: resource, ID, N, and its health's mark with its verdict's kind.
+    """Each card's resource, ID and N, and its health's mark with its verdict's kind.
 
     Marks are "+" for Healthy, "-" for Unhealthy and "?" for not offered. Sixteen equal
     digits of an ASIC id are shortened to one, the ID of the p300 to P300.
@@ -243,7 +243,7 @@ def snapshot_after(polls: str) -> tt.Snapshot:
 
 
 def check_cards(polls: str, expected: str, reason: str) -> None:
-    """What is expected is there after the last poll."""
+    """Assert that these are the cards after the last poll."""
     snapshot = snapshot_after(polls)
     assert summary(snapshot) == expected.replace("no cards", "")
     if reason:
@@ -326,7 +326,7 @@ def test_a_card_that_comes_back_is_the_same_card(
 def test_a_chip_is_in_one_card_and_cards_are_in_order(
     polls: str, expected: str, reason: str
 ) -> None:
-    """A chip without an ASIC id goes by its PCI address."""
+    """A chip without an ASIC id has its PCI address as ID."""
     check_cards(polls, expected, reason)
 
 
@@ -342,7 +342,7 @@ def test_a_chip_is_in_one_card_and_cards_are_in_order(
     """,
 )
 def test_since_is_when_the_health_has_changed(polls: str, since: str) -> None:
-    """A change of the reason alone is none."""
+    """A change of the reason alone does not count."""
     assert snapshot_after(polls).cards[0].since == float(since)
 
 
@@ -638,19 +638,19 @@ class Acme:
         return known, self.readings.pop(0) if self.readings else tt.Reading()
 
     def poll(self) -> dict[str, int]:
-        """Poll once: how many cards have which kind of verdict."""
+        """Poll once. Returns how many cards have which kind of verdict."""
         snapshot = self.inventory.poll(0.0)
         return Counter(card.verdict.kind for card in snapshot.cards)
 
     def poll_after_reads(self) -> dict[str, int]:
-        """Poll when each chip has been read by the present `look`."""
+        """Poll once each chip has been read with the present `look`."""
         before = self.reads.copy()
         # The next read may have begun already, but not the one that follows it.
         wait_until(lambda: all(self.reads[n] >= before[n] + 2 for n in self.there))
         return self.poll()
 
     def close(self) -> None:
-        """For the end of the test: no thread goes on."""
+        """Called when the test ends: all threads end."""
         self.released.set()
         self.inventory.stop()
         for thread in threading.enumerate():
@@ -663,7 +663,7 @@ class Acme:
 
 @pytest.fixture
 def acme(workdir: Path) -> Iterator[Acme]:
-    """One that polls and reads fifty times a second."""
+    """A discovery that is polled and read fifty times a second."""
     with contextlib.closing(Acme(workdir)) as made:
         yield made
 
@@ -1111,7 +1111,7 @@ def test_a_heartbeat_file_says_what_is_wrong(
 
 
 def test_a_folder_is_no_device_node(workdir: Path) -> None:
-    """Even if it has the chip's device number, it is none."""
+    """It is none even if it has the chip's device number."""
     assert not tt.is_device_node(str(workdir), "0:0")
 
 
@@ -1420,7 +1420,7 @@ RESETS = "t=0 beat=1+ -> ok; t=1 resetting"
 
 
 def check_health(polls: str) -> None:
-    """Each poll has its verdict. The chip has appeared at t=0."""
+    """Assert each poll's verdict on a chip that has appeared at t=0."""
     history = tt.HealthHistory(1e6)
     for poll in polls.split("; "):
         match = HEALTH_POLL.fullmatch(poll)
@@ -1541,7 +1541,7 @@ def test_other_faults_end_when_they_are_not_seen_any_more(polls: str) -> None:
     """,
 )
 def test_an_unidentified_chip_has_the_kind_that_says_why(polls: str) -> None:
-    """It has it until it is identified, for however long that takes."""
+    """Its verdict does not change until it is identified, except for `no-telemetry`."""
     check_health(polls)
 
 
@@ -3055,7 +3055,7 @@ INFO told to stop, and done"""
 
 
 def port_of(plugin: Plugin) -> int:
-    """The port of its HTTP pages."""
+    """The port of the plugin's HTTP pages."""
     line = plugin.wait_for_line('(INFO |")HTTP on port')
     (port,) = re.findall(r"port (\d+)", line)
     return int(port)
@@ -3089,7 +3089,7 @@ def samples(page: str, word: str = "") -> list[str]:
 def let_it_happen(
     kubelet: Kubelet, tree: Tree, launch: Launch, log_format: str
 ) -> tuple[Plugin, str]:
-    """INCIDENT, step by step: the plugin, and the cause of its last registration."""
+    """Go through INCIDENT. Returns the plugin and its last registration's cause."""
     for chip in (replace(THIRD, card_type=""), FIRST, SECOND):
         tree.add(chip)
     kubelet.start()
@@ -4513,7 +4513,7 @@ def test_packed_file_has_modules_for_just_its_pythons(packed: Path) -> None:
 
 @long_only
 def test_sbom_lists_the_locked_packages_with_licences() -> None:
-    """The universal file has one inside."""
+    """The SBOM is in the universal file."""
     assert build(HERE, "--universal").returncode == 0
     with zipfile.ZipFile(UNIVERSAL) as archive:
         sbom = json.loads(archive.read("sbom.cdx.json"))
@@ -4579,7 +4579,7 @@ def test_builds_that_cannot_be_right_are_refused(
 def offers_cards(
     kubelet: Kubelet, command: Sequence[str], root: str, **box: str
 ) -> None:
-    """This command offers four cards, a Pod gets one, and SIGTERM ends the command.
+    """Assert that a command offers four cards, gives one to a Pod, and ends by SIGTERM.
 
     `root` is where the command sees the test's folder.
     """
@@ -4784,7 +4784,7 @@ def test_packed_file_starts(packed: Path, tmp_path: Path) -> None:
 
 
 def check_version(command: Sequence[str], code: int, says: str) -> None:
-    """`--version` of this command ends so, and says this in one line."""
+    """Assert that `--version` ends with this code, and says this in one line."""
     done = run(command, "--version")
     said = done.stdout + done.stderr
     assert done.returncode == code, said
@@ -4793,7 +4793,7 @@ def check_version(command: Sequence[str], code: int, says: str) -> None:
 
 
 def changed(packed: Path, change: str) -> list[str]:
-    """What runs a packed file in an interpreter to which this was done first."""
+    """A command that runs a packed file in an interpreter changed like this."""
     return [sys.executable, "-c", PROGRAM.format(change), str(packed)]
 
 
