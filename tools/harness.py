@@ -71,7 +71,7 @@ FORKS.set_forkserver_preload(["grpc.aio", "google.protobuf.json_format", "pytest
 
 
 def anything(item: object) -> bool:
-    """The predicate of every item."""
+    """A predicate that every item fits."""
     return True
 
 
@@ -118,7 +118,7 @@ class Log:
         after: int = 0,
         what: str = "that many",
     ) -> list[Any]:
-        """Wait until so many items fit: all that do."""
+        """Wait until so many items fit. Returns all that do."""
 
         def enough() -> bool:
             return self.closed or len(self.seen(fits, after)) >= count
@@ -135,14 +135,14 @@ class Log:
     def expect_nothing(
         self, seconds: float, after: int, fits: Predicate = anything
     ) -> None:
-        """Nothing that fits comes after the position, for so many seconds from now."""
+        """Fail if anything that fits comes after the position, within these seconds."""
         with self.changed:
             found = self.changed.wait_for(lambda: self.seen(fits, after), seconds)
         assert not found, f"{self.name} said {found[0]}, which nothing had caused"
 
 
 def event_is(event: str, **fields: Any) -> Predicate:
-    """A predicate: an event of this kind, with these fields."""
+    """A predicate that events of this kind with these fields fit."""
     wanted = {"event": event, **fields}.items()
 
     def fits(one: Event) -> bool:
@@ -152,7 +152,7 @@ def event_is(event: str, **fields: Any) -> Predicate:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for what no process reports."""
+    """Wait for a condition that no process reports."""
     deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline
@@ -218,7 +218,7 @@ class Kubelet:
                     self.log.append(event)
 
     def kill(self) -> None:
-        """End this life, if there is one: sockets stay behind, streams break."""
+        """End this life, if there is one. Sockets stay behind, and streams break."""
         if self.process:
             self.process.kill()
             self.process.join()
@@ -228,7 +228,7 @@ class Kubelet:
     close = kill  # for the end of the test
 
     def delete_folder(self) -> None:
-        """Remove device-plugins in one step: plugins may remove their sockets."""
+        """Remove device-plugins in one step, since plugins may remove their sockets."""
         shutil.rmtree(self.folder.rename(self.folder.with_name("deleted")))
 
     def renew_socket(self) -> None:
@@ -273,7 +273,10 @@ class Kubelet:
         timeout: float = 5.0,
         after: int = 0,
     ) -> float:
-        """Wait until the node's status says this; the time when it did."""
+        """Wait until the node has so many cards, and so many of them allocatable.
+
+        Returns the time when the status said so.
+        """
         event = self.wait(
             "status",
             timeout=timeout,
@@ -307,15 +310,15 @@ class Kubelet:
     def rpc(
         self, resource: str, method: str, request: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """One call as it is, even if malformed, to the plugin that registered last."""
+        """Send a call, even if it is malformed, to the plugin that registered last."""
         return self._command(FakeKubelet.rpc, resource, method, request)
 
     def allocate(self, resource: str, ids: Sequence[str]) -> dict[str, Any]:
-        """Allocate for one container: its answer."""
+        """Call Allocate for one container. Returns its answer."""
         return self._command(FakeKubelet.allocate, resource, ids)
 
     def pre_start(self, resource: str, ids: Sequence[str]) -> None:
-        """PreStartContainer, with the kubelet's time limit."""
+        """Call PreStartContainer, with the kubelet's time limit."""
         self._command(FakeKubelet.pre_start, resource, ids)
 
     def admit(
@@ -325,27 +328,27 @@ class Kubelet:
         reusable: Mapping[str, Sequence[str]] | None = None,
         container: str = "main",
     ) -> dict[str, Any]:
-        """Admit a container that wants so many of each resource: `ids`, merged answer.
+        """Admit a container that wants so many of each resource.
 
-        `reusable` are ids that are taken first, by resource, as those of init
-        containers.
+        `reusable` are IDs that are taken first, by resource, such as those of init
+        containers. Returns `ids`, and the merged answer.
         """
         return self._command(FakeKubelet.admit, pod, want, reusable or {}, container)
 
     def start_container(self, pod: str, container: str = "main") -> dict[str, Any]:
-        """One start or restart: what the runtime gets."""
+        """Start or restart a container. Returns what the runtime gets."""
         return self._command(FakeKubelet.start_container, pod, container)
 
     def end_pod(self, pod: str) -> None:
-        """All containers of the Pod have ended."""
+        """End all containers of the Pod."""
         self._command(FakeKubelet.end_pod, pod)
 
     def topology_hints(self, resource: str, size: int) -> list[list[int]] | None:
-        """On which sets of NUMA nodes so many free devices can be had."""
+        """The sets of NUMA nodes on which so many free devices can be had."""
         return self._command(FakeKubelet.topology_hints, resource, size)
 
     def set_fault(self, fault: Fault, times: int) -> None:
-        """From now on this goes wrong so many times; 0: not any more."""
+        """Make this go wrong so many times from now on; 0 ends it."""
         self._command(FakeKubelet.set_fault, fault, times)
 
     def drop_stream(self, resource: str) -> None:
@@ -354,7 +357,7 @@ class Kubelet:
 
 
 def refused(code: str, *words: str) -> pytest.RaisesExc[Refusal]:
-    """What is inside is refused with this status, and these words in this order."""
+    """The call inside must be refused: this status, and these words in this order."""
     pattern = ".*".join(map(re.escape, words))
     return pytest.raises(Refusal, match=f"(?s)^{code}: .*{pattern}")
 
@@ -443,7 +446,7 @@ class Tree:
             self.write(self.entry(address) / file, text)
 
     def add(self, chip: Chip) -> None:
-        """The PCI device is probed: attributes first, the link in the class last."""
+        """Probe the PCI device: attributes first, the link in the class last."""
         with self.lock:
             self.chips[chip.pci] = chip
             if chip.heartbeat:
@@ -464,9 +467,10 @@ class Tree:
         (self.by_id / chip.id).symlink_to(f"../{chip.index}")
 
     def remove(self, address: str, driver: str = "") -> Chip:
-        """The chip goes, by hot-unplug or reset, from sysfs and /dev: what it was.
+        """Remove the chip from sysfs and /dev, as an unplug or a reset does.
 
-        With another driver's name its PCI function stays, bound to that.
+        With another driver's name its PCI function stays, bound to that driver. Returns
+        the chip as it was.
         """
         with self.lock:
             (self.sys / "class/tenstorrent" / self.entry(address).name).unlink()
@@ -483,11 +487,11 @@ class Tree:
             return self.chips.pop(address)
 
     def move(self, address: str, index: int) -> None:
-        """The chip goes, and comes back as another N."""
+        """Remove the chip, and add it again with another N."""
         self.add(replace(self.remove(address), index=index))
 
     def hang(self, address: str, file: str) -> None:
-        """Reads of this file hang from now on: it is a FIFO. The chip's heart stops."""
+        """Make reads of this file hang: it becomes a FIFO. The heartbeat stops."""
         with self.lock:
             self.still.add(address)
             fifo = self.drafts / "fifo"
@@ -495,7 +499,7 @@ class Tree:
             fifo.replace(self.entry(address) / file)
 
     def release(self, address: str, file: str, text: str) -> None:
-        """Reads that hang return this text, and so do later ones. The heart beats."""
+        """Make reads that hang return this text, as later ones do. The heart beats."""
         path = self.entry(address) / file
         with self.lock:
             fifo = os.open(path, os.O_RDWR | os.O_NONBLOCK)
@@ -513,7 +517,7 @@ class Tree:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[Tree]:
-        """The chips' firmware: heartbeats change all the time."""
+        """Play the chips' firmware: heartbeats change all the time meanwhile."""
         done = threading.Event()
 
         def run() -> None:
@@ -528,7 +532,7 @@ class Tree:
 
 
 def relink(link: Path, target: str) -> None:
-    """A symbolic link leads elsewhere now."""
+    """Make a symbolic link lead elsewhere."""
     link.unlink()
     link.symlink_to(target)
 
@@ -598,7 +602,7 @@ def environment(**more: str) -> dict[str, str]:
 def run(
     command: Sequence[str], *flags: str, timeout: float = 30.0, **variables: Any
 ) -> Finished:
-    """A plugin process that ends by itself."""
+    """Run a plugin process that ends by itself. Returns how it ended."""
     done = finish([*command, *flags], timeout=timeout, env=environment(**variables))
     assert "Traceback" not in done.stderr, done.stderr
     for text in (done.stdout, done.stderr):
@@ -640,7 +644,7 @@ class Plugin:
         return self.log.seen(re.compile(pattern, re.IGNORECASE).search)
 
     def send(self, number: signal.Signals) -> float:
-        """Send a signal: when it was sent."""
+        """Send a signal. Returns when it was sent."""
         sent = time.monotonic()
         self.process.send_signal(number)
         return sent
@@ -648,14 +652,14 @@ class Plugin:
     def end(
         self, how: signal.Signals = signal.SIGTERM, timeout: float = 10
     ) -> tuple[int, float]:
-        """Send a signal and wait for the end: exit code, and how long it took."""
+        """Send a signal and wait for the end. Returns exit code and seconds."""
         sent = self.send(how)
         self.reader.join(timeout)
         assert not self.reader.is_alive(), f"no end in {timeout} s: {self.lines()}"
         return int(self.process.returncode), self.ended - sent
 
     def close(self) -> None:
-        """For the end of the test: the process is gone, and there was no traceback."""
+        """Called when the test ends: the process is killed, and had no traceback."""
         self.process.kill()
         self.reader.join(10)
         text = "\n".join(self.lines())
@@ -671,7 +675,7 @@ def device(name: str, health: str = "Healthy", numa: int | None = None) -> api.D
 
 
 class Puppet:
-    """A device plugin of another maker, moved by the test."""
+    """A device plugin of another maker, which does what the test says."""
 
     def __init__(
         self, kubelet: Kubelet, resource: str, endpoint: str = "a.sock", **options: bool
@@ -715,11 +719,11 @@ class Puppet:
         self.kubelet.wait("devices", endpoint=self.endpoint, devices=health, after=mark)
 
     def end_stream(self) -> None:
-        """End the stream from this side."""
+        """End the stream from the plugin's side."""
         self.lists.put(None)
 
     def register(self, **fields: Any) -> None:
-        """Register, with other values where given; grpc.RpcError if that is refused."""
+        """Register, with other values where given. Raises grpc.RpcError if refused."""
         values = {
             "version": "v1beta1",
             "endpoint": self.endpoint,
@@ -731,7 +735,7 @@ class Puppet:
             rpc.RegistrationStub(channel).Register(request, timeout=10)
 
     def close(self) -> None:
-        """For the end of the test: nothing of it stays."""
+        """Called when the test ends: nothing of it stays."""
         self.end_stream()
         self.server.stop(None).wait()
 
@@ -743,7 +747,7 @@ both_generations = pytest.mark.parametrize("kubelet", ["1.36", "1.20"], indirect
 
 
 def rows(columns: str, table: str) -> pytest.MarkDecorator:
-    """Parametrize these arguments by a table, whose first column names the row.
+    """Parametrize a test by a table with these columns, after one for the row's ID.
 
     Columns are two spaces or more apart. A row that ends early has "" in the rest.
     """
@@ -771,7 +775,7 @@ def workdir() -> Iterator[Path]:
 
 @pytest.fixture
 def kubelet(request: pytest.FixtureRequest, workdir: Path) -> Iterator[Kubelet]:
-    """A kubelet of 1.36, or of the generation that a parameter names; not started."""
+    """A kubelet of 1.36, or of a parameter's generation. It is not started yet."""
     generation = getattr(request, "param", "1.36")
     with contextlib.closing(Kubelet(workdir / "k", generation)) as made:
         yield made
@@ -779,7 +783,7 @@ def kubelet(request: pytest.FixtureRequest, workdir: Path) -> Iterator[Kubelet]:
 
 @pytest.fixture
 def tree(workdir: Path) -> Iterator[Tree]:
-    """A node with the driver and no card; the hearts of what is added beat."""
+    """A node with the driver and no card. Heartbeats of added chips change."""
     with Tree(workdir).beating() as made:
         yield made
 
@@ -828,7 +832,7 @@ def launch() -> Iterator[Launch]:
 
 @pytest.fixture
 def plugin(kubelet: Kubelet, four: Tree, launch: Launch) -> Plugin:
-    """One whose four cards the kubelet offers: where most tests begin."""
+    """A plugin whose four cards the kubelet offers. Most tests begin with it."""
     return launch(four, kubelet, offers=4)
 
 
@@ -852,7 +856,7 @@ Bound = Callable[[str, float, float], None]
 
 @dataclass
 class PromisedTimes:
-    """Those that this run has met."""
+    """The promised times of this run."""
 
     count: int = 0
     not_judged: list[str] = field(default_factory=list)
@@ -874,7 +878,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def said() -> str:
-    """What plugins said in all other tests of this run, as those run before."""
+    """What plugins have said in all other tests of this run, which run before."""
     return "\n".join(SAID)
 
 
