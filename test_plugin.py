@@ -161,1464 +161,6 @@ def summary(snapshot: tt.Snapshot) -> str:
     return re.sub(r"([0-9A-F])\1{15}", r"\1", text)
 
 
-# ==== Section 5. Cards: chips -> cards -> the next snapshot; who reads and polls ======
-
-
-def make_chip(
-    index: int, bus: str, card_type: str, asic_id: str = "", serial: str = ""
-) -> Chip:
-    """A chip, whose ASIC id is one digit sixteen times."""
-    return Chip(
-        pci=f"0000:{bus}:00.0",
-        index=index,
-        arch="blackhole" if card_type.startswith("p") else "wormhole",
-        card_type=card_type,
-        asic_id=asic_id * 16,
-        serial=serial,
-    )
-
-
-# The chips of the tests of cards, by letter.
-CHIPS = {
-    # Two p300, the second one with another letter in its type.
-    "a": make_chip(0, "03", "p300a", "A", "000004513190F004"),
-    "b": make_chip(1, "04", "p300a", "B", "000004513190F004"),
-    "d": make_chip(2, "05", "p300c", "D", "000004613193411B"),
-    "e": make_chip(3, "06", "p300c", "E", "000004613193411B"),
-    # Two halves of different p300, whose serials end in zeros: not to be paired.
-    "f": make_chip(4, "07", "p300a", "7", "0000045100000000"),
-    "k": make_chip(11, "0b", "p300a", "8", "0000045100000000"),
-    # Cards of one chip. The last one's model is not known to its driver.
-    "n": make_chip(5, "01", "n150", "1", "0100018611902010"),
-    "m": make_chip(6, "02", "n150", "2", "010001851180B42E"),
-    "g": make_chip(7, "11", "galaxy-wormhole", "3", "0100035100000000"),
-    "h": make_chip(8, "12", "galaxy-wormhole", "4", "0100035100000000"),
-    "p": make_chip(9, "00", "p150a", "9", "0000036100000000"),
-    "u": make_chip(10, "0a", "unknown", "6", "0100099911902010"),
-    # Another board with the serial of a and b; n's twin; n by a driver without ASIC
-    # ids.
-    "c": make_chip(2, "08", "p300a", "C", "000004513190F004"),
-    "t": make_chip(6, "02", "n150", "1"),
-    "x": make_chip(5, "01", "n150"),
-}
-WORD = re.compile(r"(.)(?:@(.))?(?:/(..))?(\??)=?(.*)")
-
-
-def judged(word: str) -> tt.JudgedChip:
-    """A chip in one poll, by its letter in CHIPS and how it differs from there.
-
-    "@5" is its N, "/09" its bus; "?" if it is not identified; "=hung" the kind.
-    """
-    match = WORD.fullmatch(word)
-    assert match
-    letter, index, bus, unknown, kind = match.groups(default="")
-    chip = replace(CHIPS[letter], unidentified="")
-    if unknown:
-        kind = kind or "pending"
-        chip = replace(chip, arch="", card_type="", asic_id="", unidentified="pending")
-    pci = f"0000:{bus}:00.0" if bus else chip.pci
-    chip = replace(chip, pci=pci, index=int(index or chip.index))
-    return tt.JudgedChip(chip, tt.make_verdict(kind or "ok", chip=chip, detail=""))
-
-
-def snapshot_after(polls: str) -> tt.Snapshot:
-    """The snapshot after these polls, of which there is one a second."""
-    snapshot = tt.Snapshot()
-    for now, poll in enumerate(polls.split(";")):
-        seen = [judged(word) for word in poll.split()]
-        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), now)
-    return snapshot
-
-
-# How to read a row of the next three tables, such as
-#
-#     it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
-#  - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry
-#
-# The first poll finds the chip n. The second one finds nothing. The third one finds n
-# again, with N = 7 ("@7") and not identified ("?"): see judged(). Then there are two
-# cards: see summary(). The n150 with the ID wormhole-1 had N = 5, and is Unhealthy with
-# the kind `returning`. The chip at 0000:01:00.0 has no resource ("-"), and is not
-# offered with the kind `pending`. Last comes a pattern for the first card's reason.
-
-
-def check_cards(polls: str, expected: str, reason: str) -> None:
-    """Assert that these are the cards after the last poll."""
-    snapshot = snapshot_after(polls)
-    assert summary(snapshot) == expected.replace("no cards", "")
-    if reason:
-        assert re.search(reason, snapshot.cards[0].verdict.reason)
-
-
-@rows(
-    "polls, expected, reason",
-    """
-    a p300 is one card          a b              p300 P300 0,1 +ok  ^$
-    half a p300 is no card      a                - P300 0 ?half\
-  only 0000:03.*; the other one is missing
-    ... the other not known     a b?             - P300 0 ?half,\
- - 0000:04:00.0 1 ?pending  ; the other one may be 0000:04.*, which is not id
-    it loses a half             a b; a           p300 P300 0,1 -half\
-  only 0000:03.*; the other one, 0000:04.*, is missing
-    ... then the other          a b; a; b        p300 P300 0,1 -half\
-  only 0000:04.*; the other one, 0000:03.*, is missing
-    ... one is back, not known  a b; a; a b@5?   p300 P300 0,1 -half,\
- - 0000:04:00.0 5 ?pending  ; the other one, 0000:04.*, is there, .*: its telemetry
-    ... none is known           a b; a? b?       p300 P300 0,1 -returning,\
- - 0000:03:00.0 0 ?pending, - 0000:04:00.0 1 ?pending  at 0000:03.*: its telemetry
-    ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
-    one half in trouble         a=gone b=unreadable  p300 P300 0,1 -gone\
-  ^chip 0000:03.*: it is
-    ... beside a note           a=unreadable b=gone  p300 P300 0,1 -gone\
-  ^chip 0000:04.*: it is
-    a note about one half       a b=unreadable   p300 P300 0,1 +unreadable\
-  ^chip 0000:04.*: its
-    two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
-  ID: 0000:03.*04.*08
-    """,
-)
-def test_a_p300_is_offered_if_both_its_chips_are_there(
-    polls: str, expected: str, reason: str
-) -> None:
-    """Its health is that of the chip which is worse, and the reason names that chip."""
-    check_cards(polls, expected, reason)
-
-
-@rows(
-    "polls, expected, reason",
-    """
-    late telemetry              n?; n            n150 wormhole-1 5 +ok
-    a card is gone              n;               n150 wormhole-1 5 -gone\
-  ^it is gone.*restart
-    ... was not offered         n?;              no cards
-    ... and is back             n; ; n@7         n150 wormhole-1 7 +ok
-    ... in another slot         n; n/09 m/01     n150 wormhole-2 6 +ok,\
- n150 wormhole-1 5 +ok
-    it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
- - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry
-    ... as the bus is dead      n; n?=bus-dead   n150 wormhole-1 5 -returning,\
- - 0000:01:00.0 5 -bus-dead  back at 0000:01:00.0, .*: its PCIe bus answers
-    a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
-    """,
-)
-def test_a_card_that_comes_back_is_the_same_card(
-    polls: str, expected: str, reason: str
-) -> None:
-    """It keeps its ID and its resource, in whatever slot and with whatever N."""
-    check_cards(polls, expected, reason)
-
-
-@rows(
-    "polls, expected, reason",
-    """
-    by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
- n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
-    no ASIC id, in a reset      x; x@3?          n150 0000:01:00.0 3 -pending
-    ... and its ASIC id comes   x; n             n150 wormhole-1 5 +ok,\
- n150 0000:01:00.0 5 -replaced
-    equal ASIC ids              n t              - wormhole-1 5,6 ?same-id\
-  ID: 0000:01:00.0, 0
-    seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
-    ... the higher N is gone    n n@7=gone       n150 wormhole-1 5 +ok
-    ... both are gone           n=gone n@7=gone  n150 wormhole-1 7 -gone
-    """,
-)
-def test_a_chip_is_in_one_card_and_cards_are_in_order(
-    polls: str, expected: str, reason: str
-) -> None:
-    """A chip without an ASIC id has its PCI address as ID."""
-    check_cards(polls, expected, reason)
-
-
-@rows(
-    "polls, since",
-    """
-    it is Healthy           a b                          0
-    its reason has changed  n; n=unreadable              0
-    it is gone              n; n;                        2
-    ... then resetting      n; n; ; n=resetting          2
-    ... then returning      n; ; n@7?                    1
-    it is Healthy again     n; ; n=resetting; n; n       3
-    """,
-)
-def test_since_is_when_the_health_has_changed(polls: str, since: str) -> None:
-    """A change of the reason alone does not count."""
-    assert snapshot_after(polls).cards[0].since == float(since)
-
-
-def test_an_offered_card_keeps_its_resource() -> None:
-    """Even if its model becomes known later; only a plugin restart adopts that.
-
-    The kubelet records by resource and ID who holds a card.
-    """
-    unknown = replace(CHIPS["u"], unidentified="")
-    known = replace(unknown, card_type="n150")
-
-    def poll(old: tt.Snapshot, chip: tt.Chip) -> tt.Snapshot:
-        seen = [tt.JudgedChip(chip, tt.make_verdict("ok"))]
-        return tt.next_snapshot(old, seen, tt.Settings(), 0.0)
-
-    (card,) = poll(poll(tt.Snapshot(), unknown), known).cards
-    assert card.resource == "tenstorrent.com/wormhole"
-    assert card.model == "n150"
-    (card,) = poll(tt.Snapshot(), known).cards
-    assert card.resource == R150
-
-
-def test_an_offered_card_keeps_its_model() -> None:
-    """Even while its chip is there and cannot be identified, such as in a reset."""
-    (card,) = snapshot_after("x; x?").cards
-    assert card.verdict.kind == "pending"
-    assert card.model == "n150"
-
-
-def test_half_a_card_says_where_the_other_chip_is() -> None:
-    """Even if that has no class device because no driver takes it."""
-    chip = tt.Chip(CHIPS["b"].pci)
-    without_driver = tt.JudgedChip(chip, tt.make_verdict("no-driver", driver="none"))
-    seen = [judged("a"), without_driver]
-    card = tt.next_snapshot(snapshot_after("a b"), seen, tt.Settings(), 1.0).cards[0]
-    assert card.verdict.kind == "half"
-    there = "0000:04:00.0, is there, but not identified: it has no device node"
-    assert there in card.verdict.reason
-
-
-@pytest.mark.parametrize("newer", [4, 5])
-def test_of_two_class_devices_of_a_chip_the_newer_counts(newer: int) -> None:
-    """In sysfs that is the one with the higher inode number, whatever its N is."""
-    seen = []
-    for index in (5, 4):
-        inode = 8 if index == newer else 7
-        chip = replace(CHIPS["n"], unidentified="", index=index, inode=inode)
-        seen.append(tt.JudgedChip(chip, tt.make_verdict("ok")))
-    snapshot = tt.next_snapshot(tt.Snapshot(), seen, tt.Settings(), 0.0)
-    assert summary(snapshot) == f"n150 wormhole-1 {newer} +ok"
-
-
-# ---- Whatever chips do, and whatever their files say ----
-
-NOT_PAIRED = "it cannot be paired"
-# The chips of a node, and the one card that each is always part of.
-NODE = [
-    (CHIPS[letter], card)
-    for letter, card in (
-        ("a", "p300 P300"),
-        ("b", "p300 P300"),
-        ("d", "p300 p300-000004613193411B"),
-        ("e", "p300 p300-000004613193411B"),
-        ("f", NOT_PAIRED),
-        ("k", NOT_PAIRED),
-        ("n", "n150 wormhole-1"),
-        ("m", "n150 wormhole-2"),
-        ("g", "galaxy-wormhole wormhole-3"),
-        ("h", "galaxy-wormhole wormhole-4"),
-        ("p", "p150 blackhole-9"),
-        ("u", "wormhole wormhole-6"),
-    )
-]
-# What the files say while a chip fails, resets or (the last) starts. The ASIC id comes
-# with the type, and a type is known if the serial is.
-WRONG: dict[str, dict[str, str]] = {
-    "nothing": {},
-    "ASIC id all ones": {"asic_id": "F" * 16},
-    "ASIC id all zeros": {"asic_id": "0" * 16},
-    "ASIC id junk": {"asic_id": "junk"},
-    "type unknown, serial all ones": {"card_type": "unknown", "serial": "F" * 16},
-    "type unknown, serial all zeros": {"card_type": "unknown", "serial": "0" * 16},
-    "serial all ones": {"serial": "F" * 16},
-    "serial all zeros": {"serial": "0" * 16},
-    "serial junk": {"serial": "junk"},
-    "no serial": {"serial": ""},
-    "no telemetry": {"card_type": "", "asic_id": "", "serial": ""},
-}
-FAULTS = [
-    *("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs"),
-    *("unreadable", "no-heartbeat"),
-]
-
-
-class Seen(NamedTuple):
-    """A chip in one poll."""
-
-    wrong: str = "nothing"  # a key of WRONG
-    fault: str = ""
-
-
-class Poll(NamedTuple):
-    """One poll."""
-
-    restarted: bool = False  # the plugin has just been started
-    moved: int = 0  # by how many slots the chips have moved
-    chips: Sequence[Seen | None] = (Seen(),) * len(NODE)  # None: it is away
-
-
-WRONG_MOSTLY_NOTHING = st.sampled_from(["nothing"] * 4 + list(WRONG))
-SEEN = st.none() | st.builds(Seen, WRONG_MOSTLY_NOTHING, st.sampled_from(FAULTS))
-ALL_SEEN = st.tuples(*[SEEN] * len(NODE))
-POLL = st.builds(Poll, st.booleans(), st.integers(0, 3), ALL_SEEN)
-Identified = dict[str, list[tt.Chip]]
-
-
-@pytest.fixture(scope="module")
-def identified(tmp_path_factory: pytest.TempPathFactory) -> Identified:
-    """By key of WRONG: what discovery makes of NODE's chips if that is wrong."""
-    folder = tmp_path_factory.mktemp("wrong")
-    found = {}
-    with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
-        for name, wrong in WRONG.items():
-            facts: dict[str, Any] = {**wrong}
-            chips = [replace(chip, **facts) for chip, _ in NODE]
-            discovery = inventory_of(Tree(folder / name, chips)).discovery
-            there = [discovery.chip_at(chip.index) for chip in chips]
-            found[name] = [chip for chip, _ in pool.map(discovery.read, there)]
-    return found
-
-
-class Step(NamedTuple):
-    """One poll, and what came of it."""
-
-    old: tt.Snapshot
-    judged: list[tt.JudgedChip]
-    owners: dict[str, str]  # PCI address -> the card in NODE whose chip is there
-    new: tt.Snapshot
-
-
-def judge_poll(
-    identified: Identified, poll: Poll, now: float
-) -> tuple[list[tt.JudgedChip], dict[str, str]]:
-    """What is judged in one poll, and the owners."""
-    judged = []
-    owners = {}
-    for number, seen in enumerate(poll.chips):
-        if seen:
-            pci = f"0000:{(number + poll.moved) % len(NODE):02x}:00.0"
-            chip = identified[seen.wrong][number]
-            chip = replace(chip, pci=pci, index=number ^ poll.moved)
-            reading = tt.Reading(1, seen.fault, changed=True)
-            history = tt.HealthHistory(0.0)
-            history.observe(reading, now)
-            judged.append(tt.JudgedChip(chip, history.verdict(chip, reading, now)))
-            _, owners[pci] = NODE[number]
-    return judged, owners
-
-
-def take_steps(identified: Identified, polls: list[Poll]) -> Iterator[Step]:
-    """The steps of these polls, and one in which nothing is wrong any more."""
-    snapshot = tt.Snapshot()
-    for now, poll in enumerate([*polls, Poll()]):
-        old = tt.Snapshot() if poll.restarted else snapshot
-        judged, owners = judge_poll(identified, poll, now)
-        snapshot = tt.next_snapshot(old, judged, tt.Settings(), now)
-        yield Step(old, judged, owners, snapshot)
-
-
-def name_of(card: tt.Card) -> str:
-    """Its resource and ID, as in NODE."""
-    resource, card_id, *_ = summary(tt.Snapshot((card,))).split(" ")
-    return f"{resource} {card_id}"
-
-
-def whatever_chips_do(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test on all sorts of polls. In between, the plugin may be restarted."""
-    no_checks = list(hypothesis.HealthCheck)
-    settings = hypothesis.settings(deadline=None, suppress_health_check=no_checks)
-    two_halves_without_a_serial = Poll(chips=[Seen("no serial")] * 2)
-    example = hypothesis.example(polls=[two_halves_without_a_serial])
-    some_polls = given(polls=st.lists(POLL, min_size=1, max_size=6))
-    return settings(example(some_polls(test)))
-
-
-@whatever_chips_do
-def test_no_chip_is_healthy_under_two_ids(
-    identified: Identified, polls: list[Poll]
-) -> None:
-    """A Healthy card has its hardware's name and all its chips, at all times."""
-    for step in take_steps(identified, polls):
-        for card in step.new.cards:
-            if card.verdict.health == "Healthy":
-                size = 2 if card.model == "p300" else 1
-                owners = [step.owners.get(chip.pci) for chip in card.chips]
-                assert owners == [name_of(card)] * size
-
-
-@whatever_chips_do
-def test_every_chip_is_listed_and_no_id_twice(
-    identified: Identified, polls: list[Poll]
-) -> None:
-    """A chip can be in two cards: a lost card keeps those that it had."""
-    for step in take_steps(identified, polls):
-        ids = [card.id for card in step.new.cards]
-        assert len(set(ids)) == len(ids)
-        listed = {chip.pci for card in step.new.cards for chip in card.chips}
-        assert listed >= step.owners.keys()
-
-
-@whatever_chips_do
-def test_what_was_offered_stays(identified: Identified, polls: list[Poll]) -> None:
-    """It stays under its ID and resource until the plugin is restarted."""
-    for step in take_steps(identified, polls):
-        offered = {(card.id, card.resource) for card in step.old.cards if card.resource}
-        assert offered <= {(card.id, card.resource) for card in step.new.cards}
-
-
-@whatever_chips_do
-def test_the_order_of_reading_means_nothing(
-    identified: Identified, polls: list[Poll]
-) -> None:
-    """Chips are found and read in any order."""
-    any_order = random.Random(4711)
-    for now, step in enumerate(take_steps(identified, polls)):
-        for _ in range(5):
-            any_order.shuffle(step.judged)
-            again = tt.next_snapshot(step.old, step.judged, tt.Settings(), now)
-            assert again == step.new
-
-
-@whatever_chips_do
-def test_all_is_well_when_nothing_is_wrong_any_more(
-    identified: Identified, polls: list[Poll]
-) -> None:
-    """No card keeps anything of what was wrong."""
-    *_, last = take_steps(identified, polls)
-    well = {name_of(card) for card in last.new.cards if card.verdict.kind == "ok"}
-    assert well == {name for _, name in NODE} - {NOT_PAIRED}
-
-
-# ---- Another vendor's discovery ----
-
-
-class Acme:
-    """Another vendor's discovery, as README's "For another vendor's card" asks for."""
-
-    def __init__(self, folder: Path, poll_seconds: float = 0.02) -> None:
-        self.dev_folder = str(folder)
-        self.there: list[int] = []  # N of each chip
-        self.reads = Counter[int]()  # by N: how many have begun
-        # N -> how many of its reads return; later ones hang until they are released.
-        self.reads_that_return: dict[int, int] = {}
-        self.released = threading.Event()
-        self.readings: list[tt.Reading] = []  # what the next reads say
-        self.find: Callable[[], object] = nothing  # called at each poll
-        self.look: Callable[[tt.Chip], object] = nothing  # called at each read
-        settings = tt.Settings(resource_domain="x.org", poll_seconds=poll_seconds)
-        self.inventory = tt.Inventory(settings, self)
-
-    def driver_version(self) -> str:
-        """There is none."""
-        return ""
-
-    def chips(self) -> list[tt.Chip]:
-        """The chips that are there."""
-        self.find()
-        return [chip for chip in map(self.chip_at, self.there) if chip]
-
-    def chip_at(self, index: int) -> tt.Chip | None:
-        """The chip that has this N now."""
-        chip = tt.Chip(f"0000:{index:02x}:00.0", index, 100 + index)
-        return chip if index in self.there else None
-
-    def unclaimed(self, known: set[str]) -> list[tt.JudgedChip]:
-        """There is none."""
-        return []
-
-    def read(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
-        """What a chip is, and how it is."""
-        self.reads[chip.index] += 1
-        self.look(chip)
-        if self.reads[chip.index] > self.reads_that_return.get(chip.index, 10**9):
-            assert self.released.wait(60)
-        known = replace(
-            chip,
-            dev="1:3",
-            arch="acme",
-            card_type="x1",
-            asic_id=f"{chip.index}",
-            unidentified="",
-        )
-        return known, self.readings.pop(0) if self.readings else tt.Reading()
-
-    def poll(self) -> dict[str, int]:
-        """Poll once. Returns how many cards have which kind of verdict."""
-        snapshot = self.inventory.poll(0.0)
-        return Counter(card.verdict.kind for card in snapshot.cards)
-
-    def poll_after_reads(self) -> dict[str, int]:
-        """Poll once each chip has been read with the present `look`."""
-        before = self.reads.copy()
-        # The next read may have begun already, but not the one that follows it.
-        wait_until(lambda: all(self.reads[n] >= before[n] + 2 for n in self.there))
-        return self.poll()
-
-    def close(self) -> None:
-        """Called when the test ends: all threads end."""
-        self.released.set()
-        self.inventory.stop()
-        for thread in threading.enumerate():
-            if thread.name == "poll":
-                thread.join(10)
-        self.find = nothing
-        self.there = []
-        self.inventory.poll(0.0)
-
-
-@pytest.fixture
-def acme(workdir: Path) -> Iterator[Acme]:
-    """A discovery that is polled and read fifty times a second."""
-    with contextlib.closing(Acme(workdir)) as made:
-        yield made
-
-
-def test_another_vendor_needs_only_another_discovery(workdir: Path, acme: Acme) -> None:
-    """Everything else works unchanged: the list, and what a Pod gets."""
-    acme.there = [1, 2, 3]
-    for index in acme.there:
-        (workdir / str(index)).symlink_to("/dev/null")
-    acme.poll()
-    shared = tt.Shared(acme.inventory, choose=tt.preferred_allocation)
-    plugin = tt.DevicePlugin(shared, "x.org/x1")
-
-    async def allocate(*ids: str) -> api.ContainerAllocateResponse:
-        one = api.ContainerAllocateRequest(devices_ids=ids)
-        request = api.AllocateRequest(container_requests=[one])
-        (answer,) = (await plugin.Allocate(request, None)).container_responses
-        return answer
-
-    answer = asyncio.run(allocate("acme-3", "acme-1"))
-    paths = [device.host_path for device in answer.devices]
-    assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
-    assert answer.envs == {"PCIDEVICE_X_ORG_X1": "0000:01:00.0,0000:03:00.0"}
-
-    acme.there = [1, 2]
-    acme.poll()
-    expected = "x1 acme-1 1 +ok, x1 acme-2 2 +ok, x1 acme-3 3 -gone"
-    assert summary(acme.inventory.snapshot) == expected
-
-
-# ---- The threads that read and poll ----
-
-
-def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
-    """Thirty of them together cost one poll 2 s, and nobody else anything."""
-    acme.there = [*range(32)]
-    acme.reads_that_return = dict.fromkeys(range(2, 32), 0)
-    for promised in (2.5, 0.1):
-        began = time.monotonic()
-        assert acme.poll() == {"ok": 2, "pending": 30}
-        bound(f"a poll within {promised} s", time.monotonic() - began, promised)
-
-
-def test_a_new_chip_that_hangs_is_offered_when_it_answers(acme: Acme) -> None:
-    """After a while it is reported as hanging, but not offered until it answers."""
-    acme.there = [1]
-    acme.reads_that_return = {1: 0}
-    wait_until(lambda: acme.poll() == {"read-hangs": 1})
-    assert not acme.inventory.snapshot.resources
-    acme.released.set()
-    assert acme.poll_after_reads() == {"ok": 1}
-    assert acme.inventory.snapshot.resources == ["x.org/x1"]
-
-
-@rows(
-    "poll_seconds, polls",
-    """
-    each second       1    5
-    ten times in one  0.1  50
-    each minute       60   2
-    """,
-)
-def test_a_read_hangs_if_it_takes_five_seconds(
-    workdir: Path, poll_seconds: str, polls: str
-) -> None:
-    """A shorter read is no fault.
-
-    Polls (at least two) are counted, not seconds, so a stopped process blames nobody.
-    """
-    with contextlib.closing(Acme(workdir, float(poll_seconds))) as acme:
-        acme.there = [1]
-        acme.reads_that_return = {1: 1}
-        assert acme.poll() == {"ok": 1}
-        for _ in range(int(polls) - 1):
-            assert acme.poll() == {"ok": 1}
-        assert acme.poll() == {"read-hangs": 1}
-
-
-def test_a_chip_is_read_at_most_once_per_poll_interval(acme: Acme) -> None:
-    """Its thread reads at its own pace, and pauses in between."""
-    times: list[float] = []
-
-    def note(chip: tt.Chip) -> None:
-        times.append(time.monotonic())
-
-    acme.look = note
-    acme.there = [1]
-    acme.poll()
-    acme.poll_after_reads()
-    acme.poll_after_reads()
-    assert all(later - earlier >= 0.02 for earlier, later in itertools.pairwise(times))
-
-
-def test_no_reading_between_two_polls_is_lost(acme: Acme) -> None:
-    """A reset can begin and end there: its chip has to prove itself again."""
-    beats = [tt.Reading(1), tt.Reading(2)]
-    acme.readings = [*beats, tt.Reading(fault="resetting")]
-    acme.there = [1]
-    assert acme.poll() == {"ok": 1}
-    assert acme.poll_after_reads() == {"resetting": 1}
-
-
-def test_a_removal_beside_hanging_chips_is_known_within_a_poll(
-    workdir: Path, bound: Bound
-) -> None:
-    """Six chips hang, and a seventh one is removed: streams are woken for it."""
-
-    async def remove_one(acme: Acme) -> float:
-        def six_hang() -> bool:
-            return all(acme.reads[n] == 2 for n in range(6))
-
-        acme.inventory.start(asyncio.get_running_loop())
-        await asyncio.to_thread(wait_until, six_hang)
-        removed = time.monotonic()
-        acme.there = [*range(6)]
-        last = None
-        while not last or last.verdict.kind != "gone":
-            await asyncio.wait_for(acme.inventory.changed.wait(), 10)
-            *_, last = acme.inventory.snapshot.cards
-        acme.inventory.stop()
-        return time.monotonic() - removed
-
-    with contextlib.closing(Acme(workdir, poll_seconds=1.0)) as acme:
-        acme.there = [*range(7)]
-        acme.reads_that_return = dict.fromkeys(range(6), 1)
-        seconds = asyncio.run(remove_one(acme))
-    bound("removed beside six hanging chips: in the snapshot", seconds, 1.1)
-
-
-def test_a_defect_costs_its_chip_only(
-    acme: Acme, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its traceback is logged once. The card stays Healthy: nobody knows better."""
-    acme.there = [1, 2]
-    acme.poll()
-    acme.look = lambda chip: 1 // (chip.index - 1)
-    for _ in range(2):
-        assert acme.poll_after_reads() == {"ok": 1, "unreadable": 1}
-    (record,) = caplog.records
-    assert record.getMessage() == "chip 0000:01:00.0 cannot be read"
-    assert "\nTraceback" in caplog.text
-    card, _ = acme.inventory.snapshot.cards
-    assert card.verdict.health == "Healthy"
-    assert "ZeroDivisionError" in card.verdict.reason
-    acme.look = nothing
-    assert acme.poll_after_reads() == {"ok": 2}
-
-
-def test_a_reader_ends_when_its_chip_is_gone(acme: Acme) -> None:
-    """No chip's thread outlives it."""
-    before = set(threading.enumerate())
-    acme.there = [*range(3)]
-    assert acme.poll() == {"ok": 3}
-    readers = set(threading.enumerate()) - before
-    assert len(readers) == 3
-    acme.there = []
-    assert acme.poll() == {"gone": 3}
-    for thread in readers:
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-class PolledThread:
-    """A polling thread, what its discovery finds, and two callbacks."""
-
-    def __init__(self, acme: Acme, found: Sequence[list[int] | Exception]) -> None:
-        self.acme = acme
-        self.acme.find = self.find
-        self.found = deque(found)
-        self.reported: list[str] = []  # what the second callback was called with
-        self.woken = threading.Semaphore(0)  # how often a stream was woken
-        self.last = threading.Event()  # the last poll is under way
-        self.stopped = threading.Event()  # and may end
-        self.seconds = 0.0  # how long all polls before that took
-        self.acme.inventory.on_snapshot = [self.fail, self.report]
-
-    def find(self) -> None:
-        """Called at each poll."""
-        now = self.found.popleft()
-        if isinstance(now, Exception):
-            raise now
-        self.acme.there = now
-        if not self.found:
-            self.last.set()
-            assert self.stopped.wait(20)
-
-    def fail(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
-        """The first callback: it fails at each change, and says if a stream woke up."""
-        if old != new:
-            raise ValueError(f"woken: {self.woken.acquire(timeout=10)}")
-
-    def report(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
-        """The second callback."""
-        self.reported.append(summary(new))
-
-    def run(self) -> None:
-        """Poll, with a stream that waits for news, until the last poll is under way.
-
-        The thread is asked to stop then. It does when that poll may end.
-        """
-        asyncio.run(self._run())
-
-    async def _run(self) -> None:
-
-        async def stream() -> None:
-            while await self.acme.inventory.changed.wait():
-                self.woken.release()
-
-        task = asyncio.create_task(stream())
-        await asyncio.sleep(0)  # it waits now
-        began = time.monotonic()
-        self.acme.inventory.start(asyncio.get_running_loop())
-        assert await asyncio.to_thread(self.last.wait, 20)
-        self.seconds = time.monotonic() - began
-        self.acme.inventory.stop()
-        task.cancel()
-
-
-NO_FILES = OSError(errno.EMFILE, "")
-DEFECT = ValueError(1)
-# What each poll finds: the N of all chips, or an error.
-FOUND: list[list[int] | Exception] = [
-    [],  # the first snapshot is news: a stream wakes up, and the first callback fails
-    [1],  # so is this one
-    [1],  # nothing is new
-    NO_FILES,  # a warning
-    NO_FILES,  # nothing is new
-    [1],  # polls work again, and this is logged; nothing is new to streams
-    DEFECT,  # its traceback, and a warning
-    DEFECT,  # nothing is new
-    [1, 2],  # polls work again, and this is news: the first callback fails
-    [1],  # still running when the thread is asked to stop
-]
-
-
-@pytest.fixture
-def polled(acme: Acme, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
-    """A polling thread that will find FOUND."""
-    caplog.set_level(logging.INFO)
-    thread = PolledThread(acme, FOUND)
-    yield thread
-    thread.stopped.set()
-
-
-def test_polls_pause_in_between(polled: PolledThread) -> None:
-    """They pause for --poll-seconds, even after a poll that failed."""
-    polled.run()
-    assert polled.seconds >= (len(FOUND) - 1) * 0.02
-
-
-def test_streams_are_woken_by_news_only(
-    polled: PolledThread, caplog: pytest.LogCaptureFixture
-) -> None:
-    """They wake up before any callback runs."""
-    polled.run()
-    assert caplog.text.count("ValueError: woken: True") == 3
-    assert not polled.woken.acquire(blocking=False)
-
-
-def test_a_callback_that_fails_hurts_nobody(polled: PolledThread) -> None:
-    """The other callbacks run. A poll still running at shutdown is discarded."""
-    polled.run()
-    one = "x1 acme-1 1 +ok"
-    two = "x1 acme-1 1 +ok, x1 acme-2 2 +ok"
-    (thread,) = [each for each in threading.enumerate() if each.name == "poll"]
-    polled.stopped.set()
-    thread.join(10)
-    assert not thread.is_alive()
-    assert polled.reported == ["", one, one, one, two]
-    assert summary(polled.acme.inventory.snapshot) == two
-
-
-def test_a_poll_that_fails_leaves_the_last_list(
-    polled: PolledThread, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The failure and the recovery are each logged once."""
-    polled.run()
-    levels = [record.levelname for record in caplog.records]
-    assert levels == [
-        *("ERROR", "ERROR"),  # the callback fails at the first two changes
-        *("WARNING", "INFO"),  # polls fail for lack of files; they work again
-        *("ERROR", "WARNING"),  # the traceback of a defect; polls fail
-        *("ERROR", "INFO"),  # the callback fails; polls work again
-    ]
-    problems = re.findall(
-        "cannot look for cards, the last list stands: (.*)", caplog.text
-    )
-    assert problems == ["OSError: [Errno 24] ", "ValueError: 1"]
-
-
-# ==== Appendix A. Discovery: Tenstorrent's sysfs -> chips and readings ================
-
-# A chip that no heartbeat has to prove: its driver is older than 2.7.
-SILENT = replace(FIRST, heartbeat=False)
-UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
-NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
-# What no ASIC id or serial looks like: a dead bus, empty fuses, lower case, too short.
-NO_ID = ("F" * 16, "0" * 16, "0d0cb6f1e7a50001", "D0CB6F1E7A50001")
-
-
-class Driver:
-    """What discovery reads files through, with errors that only a driver makes."""
-
-    def __init__(self, tree: Tree) -> None:
-        settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)
-        self.discovery = tt.TenstorrentDiscovery(settings, read=self.read)
-        self.errors: dict[str, int] = {}  # name of a file -> its errno
-        self.files: list[str] = []  # names of those that were read, in order
-        self.before_read: Callable[[str], object] = nothing  # called with the name
-
-    def read(self, path: str) -> str:
-        """Read a file, or fail."""
-        name = Path(path).name
-        self.before_read(name)
-        self.files.append(name)
-        if name in self.errors:
-            raise OSError(self.errors[name], "")
-        return tt.read_attribute(path)
-
-    def chip(self, index: int = 0) -> tt.Chip:
-        """The chip that has this N, not identified."""
-        chip = self.discovery.chip_at(index)
-        assert chip
-        return chip
-
-    def identify(self) -> tt.Chip:
-        """The chip that has N = 0, identified."""
-        chip, _ = self.discovery.read(self.chip())
-        return chip
-
-
-def probe_anew(tree: Tree, address: str) -> None:
-    """The driver makes the class device anew, with the same N and the same files."""
-    entry = tree.entry(address)
-    with tree.lock:
-        shutil.copytree(entry, tree.drafts / "new", symlinks=True)
-        entry.rename(tree.drafts / "old")
-        (tree.drafts / "new").rename(entry)
-
-
-@rows(
-    "file, fact, why_unidentified, without_file",
-    """
-    card type      tt_card_type             card_type  pending       pending
-    ASIC id        tt_asic_id               asic_id    unidentified
-    serial         tt_serial                serial
-    firmware       tt_fw_bundle_ver         firmware
-    device number  dev                      dev        pending       pending
-    architecture   device/device            arch       unidentified  unidentified
-    IOMMU          device/iommu_group/type  iommu
-    NUMA node      device/numa_node         numa_node
-    """,
-)
-def test_each_fact_of_a_chip_is_one_file(
-    workdir: Path, file: str, fact: str, why_unidentified: str, without_file: str
-) -> None:
-    """A file that is missing or makes no sense costs its fact only.
-
-    A missing ASIC id is no fault, because some drivers have none: the chip goes by its
-    PCI address.
-    """
-    tree = Tree(workdir, [FIRST])
-    driver = Driver(tree)
-    bare = driver.chip()
-    whole, reading = driver.discovery.read(bare)
-    lacking: dict[str, Any] = {fact: getattr(bare, fact)}
-    if file == "dev":
-        reading = reading._replace(fault="no-node")
-
-    path = tree.entry(FIRST.pci) / file
-    nonsense = replace(whole, **lacking, unidentified=why_unidentified)
-    for text in NONSENSE + NO_ID * (file in ("tt_asic_id", "tt_serial")):
-        path.unlink()
-        if text == UNREADABLE:
-            path.symlink_to(UNREADABLE)
-        else:
-            tree.set(FIRST.pci, file, text.encode("latin-1"))
-        assert driver.discovery.read(bare) == (nonsense, reading), text
-    path.unlink()
-    missing = replace(whole, **lacking, unidentified=without_file)
-    assert driver.discovery.read(bare) == (missing, reading)
-
-
-def test_an_identified_chip_has_all_these_facts(workdir: Path) -> None:
-    """Each is read from sysfs."""
-    tree = Tree(workdir, [FIRST])
-    chip = Driver(tree).identify()
-    assert chip == tt.Chip(
-        FIRST.pci,
-        0,
-        inode=tree.entry(FIRST.pci).stat().st_ino,
-        pci_path=("pci0000:01",),
-        dev="1:3",
-        arch="wormhole",
-        card_type="n150",
-        asic_id=FIRST.asic_id,
-        serial=FIRST.serial,
-        firmware="80.17.0.0",
-        numa_node=0,
-        iommu="DMA-FQ",
-        unidentified="",
-    )
-
-
-# A text "E..." is the error that the read fails with. The last column is the fault if
-# the device node is wrong as well.
-@rows(
-    "text, heartbeat, fault, detail, fault_and_wrong_node",
-    """
-    it beats           5            5  -             -             no-node
-    no such file       ENOENT       -  -             -             no-node
-    all ones           4294967295   -  bus-dead      -             bus-dead
-    no number          N/A          -  unreadable    not a number  no-node
-    11 digits          10000000000  -  unreadable    not a number  no-node
-    a policy's EACCES  EACCES       -  unreadable    EACCES        no-node
-    firmware has none  ENODATA      -  no-heartbeat  -             no-node
-    detached           ENODEV       -  gone          -             gone
-    """,
-)
-def test_a_heartbeat_file_says_what_is_wrong(
-    workdir: Path,
-    text: str,
-    heartbeat: str,
-    fault: str,
-    detail: str,
-    fault_and_wrong_node: str,
-) -> None:
-    """A missing or wrong device node is reported only if nothing worse is."""
-    tree = Tree(workdir, [FIRST])
-    driver = Driver(tree)
-    chip = driver.identify()
-    if text.startswith("E"):
-        driver.errors["tt_heartbeat"] = getattr(errno, text)
-    else:
-        tree.set(FIRST.pci, "tt_heartbeat", text)
-    beat = None if heartbeat == "-" else int(heartbeat)
-    _, reading = driver.discovery.read(chip)
-    assert reading == tt.Reading(beat, fault.strip("-"), detail.strip("-"))
-
-    for wrong_node in ("/dev/zero", "/dev", "nowhere"):
-        relink(tree.node(FIRST.pci), wrong_node)
-        _, reading = driver.discovery.read(chip)
-        assert reading.fault == fault_and_wrong_node, wrong_node
-        assert reading.heartbeat == beat, wrong_node
-
-
-def test_a_folder_is_no_device_node(workdir: Path) -> None:
-    """It is none even if it has the chip's device number."""
-    assert not tt.is_device_node(str(workdir), "0:0")
-
-
-@rows(
-    "unreadable, heals, fault",
-    """
-    no file can be read           tt_heartbeat,tt_card_type  no   resetting
-    the heartbeat alone can't     tt_heartbeat               no   no-heartbeat
-    a reset ends in between       tt_heartbeat               yes  resetting
-    """,
-)
-def test_a_reset_is_not_taken_for_firmware_without_a_heartbeat(
-    workdir: Path, unreadable: str, heals: str, fault: str
-) -> None:
-    """Both give ENODATA, but in a reset each file does."""
-    driver = Driver(Tree(workdir, [FIRST]))
-    chip = driver.identify()
-    driver.errors = dict.fromkeys(unreadable.split(","), errno.ENODATA)
-
-    def end_reset(name: str) -> None:
-        if name == "tt_card_type":
-            driver.errors.clear()
-
-    if heals == "yes":
-        driver.before_read = end_reset
-    _, reading = driver.discovery.read(chip)
-    assert reading == tt.Reading(None, fault)
-
-
-def test_a_dead_bus_is_reported_before_what_it_hides(workdir: Path) -> None:
-    """None of its files makes sense, but the card is not just unidentified."""
-    ones = "F" * 16
-    chip = replace(FIRST, card_type="unknown", asic_id=ones, serial=ones)
-    tree = Tree(workdir, [chip])
-    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
-    snapshot = inventory_of(tree).poll(0.0)
-    assert summary(snapshot) == f"- {FIRST.pci} 0 -bus-dead"
-
-
-def test_an_asic_id_is_waited_for_if_the_card_type_is_there(workdir: Path) -> None:
-    """The driver makes one file after the other."""
-    tree = Tree(workdir, [replace(FIRST, asic_id="")])
-    path = tree.entry(FIRST.pci) / "tt_asic_id"
-    driver = Driver(tree)
-
-    def appear(name: str) -> None:
-        if name == "tt_card_type" and name in driver.files:
-            path.write_text("A" * 16)
-
-    driver.before_read = appear
-    began = time.monotonic()
-    assert driver.identify().card_id == "wormhole-" + "A" * 16
-    assert time.monotonic() - began >= 0.1, "the driver may take that long"
-
-
-def test_an_asic_id_that_comes_late_is_taken(workdir: Path) -> None:
-    """Until then the card goes by its PCI address, as if its driver had no ASIC ids."""
-    tree = Tree(workdir, [replace(FIRST, asic_id="")])
-    driver = Driver(tree)
-    chip = driver.identify()
-    assert chip.card_id == FIRST.pci
-    tree.set(FIRST.pci, "tt_asic_id", f"{FIRST.asic_id}\n")
-    known, _ = driver.discovery.read(chip)
-    assert known.card_id == FIRST.id
-
-
-@rows(
-    "serial, unidentified",
-    """
-    its own             000004513190F004  -
-    not programmed      0000045100000000  no-serial
-    empty fuses         0000000000000000  unidentified
-    no such file        -                 unidentified
-    """,
-)
-def test_a_p300_without_a_serial_of_its_own_is_not_identified(
-    workdir: Path, serial: str, unidentified: str
-) -> None:
-    """Nobody knows which two chips are on one board."""
-    tree = Tree(workdir, [replace(P300[0], index=0, serial=serial.strip("-"))])
-    chip = Driver(tree).identify()
-    assert chip.unidentified == unidentified.strip("-")
-
-
-def test_a_serial_that_is_not_programmed_is_named(workdir: Path) -> None:
-    """No remedy is named, because neither a reset nor an update helps."""
-    serial = "0000045100000000"
-    chips = [replace(chip, heartbeat=False, serial=serial) for chip in P300]
-    snapshot = inventory_of(Tree(workdir, chips)).poll(0.0)
-    kinds = "- 0000:03:00.0 0 ?no-serial, - 0000:04:00.0 1 ?no-serial"
-    assert summary(snapshot) == kinds
-    reason = snapshot.cards[0].verdict.reason
-    assert f"{serial}, is not programmed" in reason
-    assert "tt-smi" not in reason
-
-
-# A driver before 2.7 makes neither heartbeat nor ASIC id.
-@pytest.mark.parametrize("chip", [FIRST, replace(SILENT, asic_id="")])
-def test_an_identified_chip_has_one_file_read(workdir: Path, chip: Chip) -> None:
-    """It is the heartbeat: before driver 2.7 any other read could oops the kernel."""
-    driver = Driver(Tree(workdir, [chip]))
-    known = driver.identify()
-    driver.files.clear()
-    open_files = len(os.listdir("/proc/self/fd"))
-    again, _ = driver.discovery.read(known)
-    assert again == known
-    assert driver.files == ["tt_heartbeat"]
-    assert len(os.listdir("/proc/self/fd")) == open_files
-
-
-def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
-    """It is not read while the bus is dead."""
-    tree = Tree(workdir, [FIRST])
-    driver = Driver(tree)
-    chip = driver.identify()
-    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
-    driver.errors = dict.fromkeys(("tt_heartbeat", "tt_card_type"), errno.ENODATA)
-    resetting, _ = driver.discovery.read(chip)
-    assert resetting == replace(chip, firmware="")
-
-    driver.errors.clear()
-    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
-    dead, _ = driver.discovery.read(resetting)
-    assert dead == resetting
-    tree.set(FIRST.pci, "tt_heartbeat", "5")
-    back, _ = driver.discovery.read(resetting)
-    assert back == replace(chip, firmware="80.18.0.0")
-
-
-def test_a_chip_that_is_probed_anew_is_identified_anew(workdir: Path) -> None:
-    """It is recognised by its folder's inode; the folder's timestamps mean nothing."""
-    tree = Tree(workdir, [SILENT])
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    tree.set(FIRST.pci, "tt_serial", "A" * 16)
-    os.utime(tree.entry(FIRST.pci), (1, 1))
-    (card,) = inventory.poll(1.0).cards
-    assert card.chips[0].serial == FIRST.serial
-
-    probe_anew(tree, FIRST.pci)
-    (card,) = inventory.poll(2.0).cards
-    assert card.chips[0].serial == "A" * 16
-
-
-@pytest.mark.parametrize("taken", [True, False], ids=["taken", "vanished"])
-def test_what_is_read_while_n_is_taken_is_nothing(workdir: Path, taken: bool) -> None:
-    """If another chip takes N during the read, or N vanishes, the first one is gone."""
-    tree = Tree(workdir, [FIRST, SECOND])
-    link = tree.sys / "class/tenstorrent/tenstorrent!0"
-    driver = Driver(tree)
-
-    def go_away(name: str) -> None:
-        if name == "tt_card_type":
-            link.unlink()
-            if taken:
-                link.symlink_to(tree.entry(SECOND.pci))
-
-    driver.before_read = go_away
-    chip = driver.chip()
-    assert driver.discovery.read(chip) == (chip, tt.Reading(fault="gone"))
-
-
-def test_only_class_entries_that_lead_to_a_pci_function_are_chips(
-    workdir: Path,
-) -> None:
-    """The entry's name has the driver's form. The function may be below any bridge."""
-    tree = Tree(workdir, [FIRST])
-    folder = tree.sys / "class/tenstorrent"
-    bridges = ("pci10000:40", "10000:40:01.1", "10000:41:00.0")
-    below = tree.sys.joinpath("devices", *bridges, "10000:42:00.0")
-    below.mkdir(parents=True)
-    for name in (
-        "by-id",
-        *(f"tenstorrent!{n}" for n in ("", "x", "00", "0x", "1" * 7)),
-    ):
-        (folder / name).symlink_to(tree.entry(FIRST.pci))
-    (folder / "tenstorrent!2").symlink_to("nowhere")
-    for index, target in enumerate((str(below), "device", "/", ".."), start=13):
-        (folder / f"tenstorrent!{index}").mkdir()
-        (folder / f"tenstorrent!{index}/device").symlink_to(target)
-    found = inventory_of(tree).discovery.chips()
-    assert sorted((chip.index, chip.pci, chip.pci_path) for chip in found) == [
-        (0, FIRST.pci, ("pci0000:01",)),
-        (13, "10000:42:00.0", bridges),
-    ]
-
-
-def test_a_class_that_cannot_be_listed_is_an_error(workdir: Path) -> None:
-    """It is not taken for a node without cards."""
-    tree = Tree(workdir, [FIRST])
-    shutil.rmtree(tree.sys / "class")
-    (tree.sys / "class").symlink_to("class")
-    with pytest.raises(OSError, match="symbolic links"):
-        inventory_of(tree).discovery.chips()
-
-
-@rows(
-    "link, kind, driver",
-    """
-    another driver has it     drivers/vfio-pci     no-driver  vfio-pci
-    none has it               -                    no-driver  none
-    a driver of an odd name   drivers/driver       no-driver  driver
-    the driver's link dangles  drivers/{gone}      no-driver  {gone}
-    it is bound a moment ago  drivers/tenstorrent  pending    -
-    """,
-)
-def test_pci_functions_without_a_class_device_are_listed(
-    workdir: Path, link: str, kind: str, driver: str
-) -> None:
-    """They are listed with the driver that has them, and are not offered.
-
-    The right driver has one a moment before the device node is there.
-    """
-    tree = Tree(workdir, [SILENT, SECOND])
-    tree.remove(SECOND.pci, driver="x")
-    (tree.pci(SECOND.pci) / "driver").unlink()
-    if link != "-":
-        (tree.pci(SECOND.pci) / "driver").symlink_to(f"../../../bus/pci/{link}")
-    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
-    snapshot = inventory_of(tree).poll(0.0)
-    assert summary(snapshot) == f"n150 {FIRST.id} 0 +ok, - {SECOND.pci}  ?{kind}"
-    _, card = snapshot.cards
-    assert (f" is {driver}, not" in card.verdict.reason) == (kind == "no-driver")
-    assert card.chips[0].arch == "wormhole"
-
-
-def test_a_driver_that_lets_go_has_no_name(workdir: Path) -> None:
-    """The link to it may vanish at any moment: then it is "none", and not "driver"."""
-    tree = Tree(workdir, [SECOND])
-    tree.remove(SECOND.pci, driver="vfio-pci")
-    link = tree.pci(SECOND.pci) / "driver"
-    target = os.readlink(link)
-    discovery = inventory_of(tree).discovery
-    done = threading.Event()
-
-    def bind_and_unbind() -> None:
-        while not done.is_set():
-            link.unlink()
-            link.symlink_to(target)
-
-    with ThreadPoolExecutor(1) as pool:
-        binding = pool.submit(bind_and_unbind)
-        reasons = []
-        for _ in range(2000):
-            (listed,) = discovery.unclaimed(set())
-            reasons.append(listed.verdict.reason)
-        done.set()
-    binding.result()
-    names = {re.findall(r"driver is (\S+),", reason)[0] for reason in reasons}
-    assert names == {"none", "vfio-pci"}
-
-
-def test_a_card_without_its_driver_is_gone(workdir: Path) -> None:
-    """Its PCI function is still there, and is listed by its address."""
-    tree = Tree(workdir, [SILENT])
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    tree.remove(FIRST.pci, driver="vfio-pci")
-    expected = f"n150 {FIRST.id} 0 -gone, - {FIRST.pci}  ?no-driver"
-    assert summary(inventory.poll(1.0)) == expected
-
-
-def test_a_pci_function_is_asked_for_its_vendor_once(workdir: Path) -> None:
-    """A host has hundreds of them, and each poll looks at all."""
-    tree = Tree(workdir, [SILENT])
-    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
-    driver = Driver(tree)
-    for _ in range(3):
-        assert not driver.discovery.unclaimed({FIRST.pci})
-    assert driver.files == ["vendor", "vendor"]
-
-
-def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
-    """It is found even though no driver takes it, so no class device has come."""
-    tree = Tree(workdir, [SILENT])
-    inventory = inventory_of(tree)
-    inventory.poll(0.0)
-    tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
-    tree.write(tree.sys / "bus/pci/devices/0000:98:00.0/vendor", "0x1e52\n")
-    inventory.poll(1.0)
-    assert inventory.snapshot.driver == "2.11.0"
-    expected = f"n150 {FIRST.id} 0 +ok, - 0000:98:00.0  ?no-driver"
-    assert summary(inventory.snapshot) == expected
-
-
-# ==== Appendix B. Health: what follows from one reading after another =================
-
-
-def test_readme_names_each_kind_of_verdict() -> None:
-    """Its table has each kind's health, for a card that was never offered."""
-    named = {}
-    for seen, verdict, _ in table("what the plugin sees, once a second"):
-        (kind, *_) = in_code(seen)
-        named[kind] = "pending" if verdict == "not offered" else verdict
-    assert named == {kind: health for kind, (health, _) in tt.KINDS.items()}
-
-
-# A poll is "t=9 beat=1 -> hung": the time in seconds, what is read, and the kind of the
-# verdict. "beat=1+" was seen to change during the read; "no-file" is a chip that has no
-# heartbeat. Any other word is the fault that is read, or why the chip is not
-# identified; without "->", the verdict has that kind, too.
-HEALTH_POLL = re.compile(r"t=([\d.]+)(?: ([a-z-]+))?(?: beat=(\d+)(\+?))?(?: -> (.+))?")
-NOT_IDENTIFIED = ("pending", "unidentified", "no-serial")
-HANGS = "t=0 beat=1+ -> ok; t=1 beat=1 -> ok; t=2 beat=1 -> ok; t=13 beat=1 -> hung"
-RESETS = "t=0 beat=1+ -> ok; t=1 resetting"
-
-
-def check_health(polls: str) -> None:
-    """Assert each poll's verdict on a chip that has appeared at t=0."""
-    history = tt.HealthHistory(1e6)
-    for poll in polls.split("; "):
-        match = HEALTH_POLL.fullmatch(poll)
-        assert match, poll
-        seconds, seen, beat, changed, kind = match.groups(default="")
-        now = 1e6 + float(seconds)
-        why_unidentified = seen if seen in NOT_IDENTIFIED else ""
-        is_fault = seen not in ("no-file", *NOT_IDENTIFIED)
-        chip = replace(FIRST, unidentified=why_unidentified)
-        reading = tt.Reading(
-            heartbeat=int(beat) if beat else None,
-            fault=seen if is_fault else "",
-            changed=changed == "+",
-        )
-        history.observe(reading, now)
-        verdict = history.verdict(chip, reading, now)
-        assert verdict.kind == (kind or seen), poll
-
-
-@rows(
-    "polls",
-    """
-    it changes, or begins anew  t=0 beat=4294967294+ -> ok; t=1 beat=0 -> ok;\
- t=99 beat=7 -> ok; t=200 beat=3 -> ok
-    no file                     t=0 no-file -> ok; t=50 no-file -> ok;\
- t=99 no-file -> ok; t=999 no-file -> ok
-    it has to change once       t=0 beat=1 -> hung; t=1 beat=1 -> hung;\
- t=99 beat=1 -> hung; t=100 beat=2 -> ok
-    ... even if it comes later  t=0 no-file -> ok; t=9 beat=1 -> hung;\
- t=10 beat=2 -> ok
-    ... or can be read later    t=0 unreadable; t=9 beat=1 -> hung; t=10 beat=2 -> ok
-    ... or is known later       t=0 pending beat=1; t=9 beat=1 -> hung;\
- t=10 beat=2 -> ok
-    ... or at once              t=0 unreadable; t=9 beat=1+ -> ok
-    """,
-)
-def test_a_heartbeat_has_to_change_once(polls: str) -> None:
-    """A chip without a heartbeat is Healthy without that."""
-    check_health(polls)
-
-
-@rows(
-    "polls",
-    f"""
-    equal for over 12 s        t=0 beat=1+ -> ok; t=4 beat=1 -> ok; t=8 beat=1 -> ok;\
- t=12 beat=1 -> ok; t=12.1 beat=1 -> hung; t=99 beat=1 -> hung
-    ... and over 3 reads       t=0 beat=1+ -> ok; t=30 beat=1 -> ok;\
- t=31 beat=1 -> ok; t=32 beat=1 -> hung
-    ... until 2 changes        {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
- t=16 beat=3 -> ok
-    ... and again              {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
- t=16 beat=2 -> hung; t=27 beat=2 -> hung; t=28 beat=3 -> hung; t=29 beat=4 -> ok
-    ... and its files go       {HANGS}; t=14 no-file -> gone; t=15 beat=2 -> hung
-    SIGSTOP is no silence      t=0 beat=1+ -> ok; t=1 beat=1 -> ok;\
- t=600 beat=1 -> ok; t=600.1 beat=2 -> ok; t=601 beat=2 -> ok
-    """,
-)
-def test_a_heartbeat_that_stands_still_is_a_hang(polls: str) -> None:
-    """Two changes end it, because one can be the last."""
-    check_health(polls)
-
-
-@rows(
-    "polls",
-    f"""
-    a reset until 1 change after  {RESETS}; t=2 beat=7 -> resetting;\
- t=3 beat=7 -> resetting; t=4 beat=8 -> ok
-    ... in the first read         {RESETS}; t=2 beat=7+ -> ok
-    ... then its files go         {RESETS}; t=2 no-file -> resetting;\
- t=3 beat=1 -> resetting; t=4 no-file -> gone
-    ... ends a hang               {HANGS}; t=14 resetting; t=15 beat=2 -> resetting;\
- t=16 beat=3 -> ok
-    a dead bus until 1 change     t=0 beat=1+ -> ok; t=1 bus-dead;\
- t=2 beat=1 -> bus-dead; t=3 beat=2 -> ok
-    """,
-)
-def test_a_reset_or_a_dead_bus_ends_when_the_heartbeat_changes(polls: str) -> None:
-    """Even a chip that hung before is Healthy then."""
-    check_health(polls)
-
-
-@rows(
-    "polls",
-    f"""
-    gone until it is back          t=0 beat=1+ -> ok; t=1 gone; t=99 gone;\
- t=100 beat=1 -> ok; t=101 no-file -> gone; t=102 beat=1 -> ok
-    no device node                 t=0 beat=1+ -> ok; t=1 no-node beat=2;\
- t=14 no-node beat=3; t=15 beat=4 -> ok
-    ... while it hangs             t=0 beat=1+ -> ok; t=4 beat=1 -> ok;\
- t=8 beat=1 -> ok; t=13 no-node beat=1; t=14 beat=1 -> hung
-    a read hangs until it returns  t=0 beat=1+ -> ok; t=2 read-hangs; t=99 read-hangs;\
- t=100 beat=1 -> ok
-    ... is no equal read           t=0 beat=1+ -> ok; t=1 beat=1 -> ok;\
- t=2 read-hangs; t=99 beat=1 -> ok; t=99.1 beat=1 -> hung
-    not readable is not dead       t=0 beat=1+ -> ok; t=1 unreadable; t=9 unreadable;\
- t=99 unreadable; t=100 beat=1 -> ok
-    ... nor healed                 {HANGS}; t=14 unreadable -> hung;\
- t=15 beat=3 -> hung; t=16 beat=4 -> ok
-    firmware has none              t=0 beat=1+ -> ok; t=1 no-heartbeat;\
- t=99 no-heartbeat; t=100 beat=1 -> hung; t=101 beat=2 -> ok
-    ... since a reset              {RESETS}; t=2 no-heartbeat
-    """,
-)
-def test_other_faults_end_when_they_are_not_seen_any_more(polls: str) -> None:
-    """None of them heals a hang, or proves one."""
-    check_health(polls)
-
-
-@rows(
-    "polls",
-    f"""
-    no telemetry for 130 s  t=0 pending; t=130 pending;\
- t=130.1 pending -> no-telemetry; t=132 beat=1+ -> ok
-    ... and a dead bus      t=0 bus-dead; t=200 pending -> no-telemetry
-    not identified          t=0 unidentified; t=999 unidentified; t=1000 beat=1+ -> ok
-    its serial is empty     t=0 no-serial; t=999 no-serial
-    a hang is remembered    {HANGS}; t=14 unidentified beat=2; t=15 beat=2 -> hung
-    """,
-)
-def test_an_unidentified_chip_has_the_kind_that_says_why(polls: str) -> None:
-    """Its verdict does not change until it is identified, except for `no-telemetry`."""
-    check_health(polls)
-
-
-# ---- A chip proves itself before it is Healthy ----
-
-
-def test_a_chip_that_hangs_before_the_start_is_not_healthy(
-    tree: Tree, bound: Bound
-) -> None:
-    """The chip beside it is Healthy in the first snapshot, which waits for both."""
-    tree.still.add(FIRST.pci)
-    tree.add(FIRST)
-    tree.add(SECOND)
-    began = time.monotonic()
-    snapshot = inventory_of(tree).poll(began)
-    seconds = time.monotonic() - began
-    bound("a first poll with a hung chip", seconds, 1.5)
-    assert seconds >= 1.1, "a chip that beats once a second must get its chance"
-    assert summary(snapshot) == f"n150 {FIRST.id} 0 -hung, n150 {SECOND.id} 1 +ok"
-
-
-def test_a_chip_that_is_probed_anew_proves_itself_anew(tree: Tree) -> None:
-    """After a reset it has another class device, but its heartbeat may be the same."""
-    tree.add(FIRST)
-    inventory = inventory_of(tree)
-    assert summary(inventory.poll(0.0)) == f"n150 {FIRST.id} 0 +ok"
-    tree.still.add(FIRST.pci)
-    probe_anew(tree, FIRST.pci)
-    assert summary(inventory.poll(1.0)) == f"n150 {FIRST.id} 0 -hung"
-
-
-def test_a_proof_takes_two_beats_at_most(four: Tree, bound: Bound) -> None:
-    """At ten beats a second, a start takes at most 0.2 s longer."""
-    began = time.monotonic()
-    snapshot = inventory_of(four).poll(began)
-    bound("four cards found and proven", time.monotonic() - began, 0.2)
-    assert [card.verdict.kind for card in snapshot.cards] == ["ok"] * 4
-
-
-def test_one_proof_is_enough(workdir: Path) -> None:
-    """Later reads read the heartbeat once. After a reset a chip proves itself again."""
-    tree = Tree(workdir, [FIRST])
-    driver = Driver(tree)
-
-    def beat(name: str) -> None:
-        tree.beat()
-
-    driver.before_read = beat
-    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
-    assert first.changed
-    driver.files.clear()
-    _, second = tt.read_chip(driver.discovery, chip, first)
-    assert driver.files == ["tt_heartbeat"]
-    assert not second.changed
-
-    driver.files.clear()
-    _, after = tt.read_chip(driver.discovery, chip, tt.Reading(fault="resetting"))
-    assert driver.files == ["tt_heartbeat"] * 2
-    assert after.changed
-
-
-def test_a_chip_is_proven_as_soon_as_it_is_identified(workdir: Path) -> None:
-    """Before that, its heartbeat is read once, without waiting for a change."""
-    tree = Tree(workdir, [replace(FIRST, card_type="")])
-    driver = Driver(tree)
-    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
-    assert driver.files.count("tt_heartbeat") == 1
-
-    def beat(name: str) -> None:
-        tree.beat()
-
-    driver.before_read = beat
-    tree.set(FIRST.pci, "tt_card_type", "n150\n")
-    _, second = tt.read_chip(driver.discovery, chip, first)
-    assert second.changed
-
-
 # ==== Section 3. The DevicePlugin service: five calls, answered from the snapshot =====
 
 OPTIONS = {"pre_start_required": True, "get_preferred_allocation_available": True}
@@ -2427,6 +969,799 @@ def test_a_resource_stays_registered(
     assert len(kubelet.plugin_sockets()) == 2
 
 
+# ==== Section 5. Cards: chips -> cards -> the next snapshot; who reads and polls ======
+
+
+def make_chip(
+    index: int, bus: str, card_type: str, asic_id: str = "", serial: str = ""
+) -> Chip:
+    """A chip, whose ASIC id is one digit sixteen times."""
+    return Chip(
+        pci=f"0000:{bus}:00.0",
+        index=index,
+        arch="blackhole" if card_type.startswith("p") else "wormhole",
+        card_type=card_type,
+        asic_id=asic_id * 16,
+        serial=serial,
+    )
+
+
+# The chips of the tests of cards, by letter.
+CHIPS = {
+    # Two p300, the second one with another letter in its type.
+    "a": make_chip(0, "03", "p300a", "A", "000004513190F004"),
+    "b": make_chip(1, "04", "p300a", "B", "000004513190F004"),
+    "d": make_chip(2, "05", "p300c", "D", "000004613193411B"),
+    "e": make_chip(3, "06", "p300c", "E", "000004613193411B"),
+    # Two halves of different p300, whose serials end in zeros: not to be paired.
+    "f": make_chip(4, "07", "p300a", "7", "0000045100000000"),
+    "k": make_chip(11, "0b", "p300a", "8", "0000045100000000"),
+    # Cards of one chip. The last one's model is not known to its driver.
+    "n": make_chip(5, "01", "n150", "1", "0100018611902010"),
+    "m": make_chip(6, "02", "n150", "2", "010001851180B42E"),
+    "g": make_chip(7, "11", "galaxy-wormhole", "3", "0100035100000000"),
+    "h": make_chip(8, "12", "galaxy-wormhole", "4", "0100035100000000"),
+    "p": make_chip(9, "00", "p150a", "9", "0000036100000000"),
+    "u": make_chip(10, "0a", "unknown", "6", "0100099911902010"),
+    # Another board with the serial of a and b; n's twin; n by a driver without ASIC
+    # ids.
+    "c": make_chip(2, "08", "p300a", "C", "000004513190F004"),
+    "t": make_chip(6, "02", "n150", "1"),
+    "x": make_chip(5, "01", "n150"),
+}
+WORD = re.compile(r"(.)(?:@(.))?(?:/(..))?(\??)=?(.*)")
+
+
+def judged(word: str) -> tt.JudgedChip:
+    """A chip in one poll, by its letter in CHIPS and how it differs from there.
+
+    "@5" is its N, "/09" its bus; "?" if it is not identified; "=hung" the kind.
+    """
+    match = WORD.fullmatch(word)
+    assert match
+    letter, index, bus, unknown, kind = match.groups(default="")
+    chip = replace(CHIPS[letter], unidentified="")
+    if unknown:
+        kind = kind or "pending"
+        chip = replace(chip, arch="", card_type="", asic_id="", unidentified="pending")
+    pci = f"0000:{bus}:00.0" if bus else chip.pci
+    chip = replace(chip, pci=pci, index=int(index or chip.index))
+    return tt.JudgedChip(chip, tt.make_verdict(kind or "ok", chip=chip, detail=""))
+
+
+def snapshot_after(polls: str) -> tt.Snapshot:
+    """The snapshot after these polls, of which there is one a second."""
+    snapshot = tt.Snapshot()
+    for now, poll in enumerate(polls.split(";")):
+        seen = [judged(word) for word in poll.split()]
+        snapshot = tt.next_snapshot(snapshot, seen, tt.Settings(), now)
+    return snapshot
+
+
+# How to read a row of the next three tables, such as
+#
+#     it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
+#  - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry
+#
+# The first poll finds the chip n. The second one finds nothing. The third one finds n
+# again, with N = 7 ("@7") and not identified ("?"): see judged(). Then there are two
+# cards: see summary(). The n150 with the ID wormhole-1 had N = 5, and is Unhealthy with
+# the kind `returning`. The chip at 0000:01:00.0 has no resource ("-"), and is not
+# offered with the kind `pending`. Last comes a pattern for the first card's reason.
+
+
+def check_cards(polls: str, expected: str, reason: str) -> None:
+    """Assert that these are the cards after the last poll."""
+    snapshot = snapshot_after(polls)
+    assert summary(snapshot) == expected.replace("no cards", "")
+    if reason:
+        assert re.search(reason, snapshot.cards[0].verdict.reason)
+
+
+@rows(
+    "polls, expected, reason",
+    """
+    a p300 is one card          a b              p300 P300 0,1 +ok  ^$
+    half a p300 is no card      a                - P300 0 ?half\
+  only 0000:03.*; the other one is missing
+    ... the other not known     a b?             - P300 0 ?half,\
+ - 0000:04:00.0 1 ?pending  ; the other one may be 0000:04.*, which is not id
+    it loses a half             a b; a           p300 P300 0,1 -half\
+  only 0000:03.*; the other one, 0000:04.*, is missing
+    ... then the other          a b; a; b        p300 P300 0,1 -half\
+  only 0000:04.*; the other one, 0000:03.*, is missing
+    ... one is back, not known  a b; a; a b@5?   p300 P300 0,1 -half,\
+ - 0000:04:00.0 5 ?pending  ; the other one, 0000:04.*, is there, .*: its telemetry
+    ... none is known           a b; a? b?       p300 P300 0,1 -returning,\
+ - 0000:03:00.0 0 ?pending, - 0000:04:00.0 1 ?pending  at 0000:03.*: its telemetry
+    ... and is whole again      a b; a; a b@5    p300 P300 0,5 +ok
+    one half in trouble         a=gone b=unreadable  p300 P300 0,1 -gone\
+  ^chip 0000:03.*: it is
+    ... beside a note           a=unreadable b=gone  p300 P300 0,1 -gone\
+  ^chip 0000:04.*: it is
+    a note about one half       a b=unreadable   p300 P300 0,1 +unreadable\
+  ^chip 0000:04.*: its
+    two boards with one serial  a b; a b c       p300 P300 0,1,2 -same-id\
+  ID: 0000:03.*04.*08
+    """,
+)
+def test_a_p300_is_offered_if_both_its_chips_are_there(
+    polls: str, expected: str, reason: str
+) -> None:
+    """Its health is that of the chip which is worse, and the reason names that chip."""
+    check_cards(polls, expected, reason)
+
+
+@rows(
+    "polls, expected, reason",
+    """
+    late telemetry              n?; n            n150 wormhole-1 5 +ok
+    a card is gone              n;               n150 wormhole-1 5 -gone\
+  ^it is gone.*restart
+    ... was not offered         n?;              no cards
+    ... and is back             n; ; n@7         n150 wormhole-1 7 +ok
+    ... in another slot         n; n/09 m/01     n150 wormhole-2 6 +ok,\
+ n150 wormhole-1 5 +ok
+    it is back, not known       n; ; n@7?        n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 7 ?pending  back at 0000:01:00.0, .*: its telemetry
+    ... as the bus is dead      n; n?=bus-dead   n150 wormhole-1 5 -returning,\
+ - 0000:01:00.0 5 -bus-dead  back at 0000:01:00.0, .*: its PCIe bus answers
+    a dead bus at first sight   n?=bus-dead      - 0000:01:00.0 5 -bus-dead
+    """,
+)
+def test_a_card_that_comes_back_is_the_same_card(
+    polls: str, expected: str, reason: str
+) -> None:
+    """It keeps its ID and its resource, in whatever slot and with whatever N."""
+    check_cards(polls, expected, reason)
+
+
+@rows(
+    "polls, expected, reason",
+    """
+    by resource, PCI address    a p m@4 n        n150 wormhole-1 5 +ok,\
+ n150 wormhole-2 4 +ok, p150 blackhole-9 9 +ok, - P300 0 ?half
+    no ASIC id, in a reset      x; x@3?          n150 0000:01:00.0 3 -pending
+    ... and its ASIC id comes   x; n             n150 wormhole-1 5 +ok,\
+ n150 0000:01:00.0 5 -replaced
+    equal ASIC ids              n t              - wormhole-1 5,6 ?same-id\
+  ID: 0000:01:00.0, 0
+    seen twice (tt-kmd#112)     n@7 n=gone       n150 wormhole-1 7 +ok
+    ... the higher N is gone    n n@7=gone       n150 wormhole-1 5 +ok
+    ... both are gone           n=gone n@7=gone  n150 wormhole-1 7 -gone
+    """,
+)
+def test_a_chip_is_in_one_card_and_cards_are_in_order(
+    polls: str, expected: str, reason: str
+) -> None:
+    """A chip without an ASIC id has its PCI address as ID."""
+    check_cards(polls, expected, reason)
+
+
+@rows(
+    "polls, since",
+    """
+    it is Healthy           a b                          0
+    its reason has changed  n; n=unreadable              0
+    it is gone              n; n;                        2
+    ... then resetting      n; n; ; n=resetting          2
+    ... then returning      n; ; n@7?                    1
+    it is Healthy again     n; ; n=resetting; n; n       3
+    """,
+)
+def test_since_is_when_the_health_has_changed(polls: str, since: str) -> None:
+    """A change of the reason alone does not count."""
+    assert snapshot_after(polls).cards[0].since == float(since)
+
+
+def test_an_offered_card_keeps_its_resource() -> None:
+    """Even if its model becomes known later; only a plugin restart adopts that.
+
+    The kubelet records by resource and ID who holds a card.
+    """
+    unknown = replace(CHIPS["u"], unidentified="")
+    known = replace(unknown, card_type="n150")
+
+    def poll(old: tt.Snapshot, chip: tt.Chip) -> tt.Snapshot:
+        seen = [tt.JudgedChip(chip, tt.make_verdict("ok"))]
+        return tt.next_snapshot(old, seen, tt.Settings(), 0.0)
+
+    (card,) = poll(poll(tt.Snapshot(), unknown), known).cards
+    assert card.resource == "tenstorrent.com/wormhole"
+    assert card.model == "n150"
+    (card,) = poll(tt.Snapshot(), known).cards
+    assert card.resource == R150
+
+
+def test_an_offered_card_keeps_its_model() -> None:
+    """Even while its chip is there and cannot be identified, such as in a reset."""
+    (card,) = snapshot_after("x; x?").cards
+    assert card.verdict.kind == "pending"
+    assert card.model == "n150"
+
+
+def test_half_a_card_says_where_the_other_chip_is() -> None:
+    """Even if that has no class device because no driver takes it."""
+    chip = tt.Chip(CHIPS["b"].pci)
+    without_driver = tt.JudgedChip(chip, tt.make_verdict("no-driver", driver="none"))
+    seen = [judged("a"), without_driver]
+    card = tt.next_snapshot(snapshot_after("a b"), seen, tt.Settings(), 1.0).cards[0]
+    assert card.verdict.kind == "half"
+    there = "0000:04:00.0, is there, but not identified: it has no device node"
+    assert there in card.verdict.reason
+
+
+@pytest.mark.parametrize("newer", [4, 5])
+def test_of_two_class_devices_of_a_chip_the_newer_counts(newer: int) -> None:
+    """In sysfs that is the one with the higher inode number, whatever its N is."""
+    seen = []
+    for index in (5, 4):
+        inode = 8 if index == newer else 7
+        chip = replace(CHIPS["n"], unidentified="", index=index, inode=inode)
+        seen.append(tt.JudgedChip(chip, tt.make_verdict("ok")))
+    snapshot = tt.next_snapshot(tt.Snapshot(), seen, tt.Settings(), 0.0)
+    assert summary(snapshot) == f"n150 wormhole-1 {newer} +ok"
+
+
+# ---- Whatever chips do, and whatever their files say ----
+
+NOT_PAIRED = "it cannot be paired"
+# The chips of a node, and the one card that each is always part of.
+NODE = [
+    (CHIPS[letter], card)
+    for letter, card in (
+        ("a", "p300 P300"),
+        ("b", "p300 P300"),
+        ("d", "p300 p300-000004613193411B"),
+        ("e", "p300 p300-000004613193411B"),
+        ("f", NOT_PAIRED),
+        ("k", NOT_PAIRED),
+        ("n", "n150 wormhole-1"),
+        ("m", "n150 wormhole-2"),
+        ("g", "galaxy-wormhole wormhole-3"),
+        ("h", "galaxy-wormhole wormhole-4"),
+        ("p", "p150 blackhole-9"),
+        ("u", "wormhole wormhole-6"),
+    )
+]
+# What the files say while a chip fails, resets or (the last) starts. The ASIC id comes
+# with the type, and a type is known if the serial is.
+WRONG: dict[str, dict[str, str]] = {
+    "nothing": {},
+    "ASIC id all ones": {"asic_id": "F" * 16},
+    "ASIC id all zeros": {"asic_id": "0" * 16},
+    "ASIC id junk": {"asic_id": "junk"},
+    "type unknown, serial all ones": {"card_type": "unknown", "serial": "F" * 16},
+    "type unknown, serial all zeros": {"card_type": "unknown", "serial": "0" * 16},
+    "serial all ones": {"serial": "F" * 16},
+    "serial all zeros": {"serial": "0" * 16},
+    "serial junk": {"serial": "junk"},
+    "no serial": {"serial": ""},
+    "no telemetry": {"card_type": "", "asic_id": "", "serial": ""},
+}
+FAULTS = [
+    *("", "", "resetting", "bus-dead", "gone", "no-node", "read-hangs"),
+    *("unreadable", "no-heartbeat"),
+]
+
+
+class Seen(NamedTuple):
+    """A chip in one poll."""
+
+    wrong: str = "nothing"  # a key of WRONG
+    fault: str = ""
+
+
+class Poll(NamedTuple):
+    """One poll."""
+
+    restarted: bool = False  # the plugin has just been started
+    moved: int = 0  # by how many slots the chips have moved
+    chips: Sequence[Seen | None] = (Seen(),) * len(NODE)  # None: it is away
+
+
+WRONG_MOSTLY_NOTHING = st.sampled_from(["nothing"] * 4 + list(WRONG))
+SEEN = st.none() | st.builds(Seen, WRONG_MOSTLY_NOTHING, st.sampled_from(FAULTS))
+ALL_SEEN = st.tuples(*[SEEN] * len(NODE))
+POLL = st.builds(Poll, st.booleans(), st.integers(0, 3), ALL_SEEN)
+Identified = dict[str, list[tt.Chip]]
+
+
+@pytest.fixture(scope="module")
+def identified(tmp_path_factory: pytest.TempPathFactory) -> Identified:
+    """By key of WRONG: what discovery makes of NODE's chips if that is wrong."""
+    folder = tmp_path_factory.mktemp("wrong")
+    found = {}
+    with ThreadPoolExecutor(len(NODE)) as pool:  # it looks twice at what makes no sense
+        for name, wrong in WRONG.items():
+            facts: dict[str, Any] = {**wrong}
+            chips = [replace(chip, **facts) for chip, _ in NODE]
+            discovery = inventory_of(Tree(folder / name, chips)).discovery
+            there = [discovery.chip_at(chip.index) for chip in chips]
+            found[name] = [chip for chip, _ in pool.map(discovery.read, there)]
+    return found
+
+
+class Step(NamedTuple):
+    """One poll, and what came of it."""
+
+    old: tt.Snapshot
+    judged: list[tt.JudgedChip]
+    owners: dict[str, str]  # PCI address -> the card in NODE whose chip is there
+    new: tt.Snapshot
+
+
+def judge_poll(
+    identified: Identified, poll: Poll, now: float
+) -> tuple[list[tt.JudgedChip], dict[str, str]]:
+    """What is judged in one poll, and the owners."""
+    judged = []
+    owners = {}
+    for number, seen in enumerate(poll.chips):
+        if seen:
+            pci = f"0000:{(number + poll.moved) % len(NODE):02x}:00.0"
+            chip = identified[seen.wrong][number]
+            chip = replace(chip, pci=pci, index=number ^ poll.moved)
+            reading = tt.Reading(1, seen.fault, changed=True)
+            history = tt.HealthHistory(0.0)
+            history.observe(reading, now)
+            judged.append(tt.JudgedChip(chip, history.verdict(chip, reading, now)))
+            _, owners[pci] = NODE[number]
+    return judged, owners
+
+
+def take_steps(identified: Identified, polls: list[Poll]) -> Iterator[Step]:
+    """The steps of these polls, and one in which nothing is wrong any more."""
+    snapshot = tt.Snapshot()
+    for now, poll in enumerate([*polls, Poll()]):
+        old = tt.Snapshot() if poll.restarted else snapshot
+        judged, owners = judge_poll(identified, poll, now)
+        snapshot = tt.next_snapshot(old, judged, tt.Settings(), now)
+        yield Step(old, judged, owners, snapshot)
+
+
+def name_of(card: tt.Card) -> str:
+    """Its resource and ID, as in NODE."""
+    resource, card_id, *_ = summary(tt.Snapshot((card,))).split(" ")
+    return f"{resource} {card_id}"
+
+
+def whatever_chips_do(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on all sorts of polls. In between, the plugin may be restarted."""
+    no_checks = list(hypothesis.HealthCheck)
+    settings = hypothesis.settings(deadline=None, suppress_health_check=no_checks)
+    two_halves_without_a_serial = Poll(chips=[Seen("no serial")] * 2)
+    example = hypothesis.example(polls=[two_halves_without_a_serial])
+    some_polls = given(polls=st.lists(POLL, min_size=1, max_size=6))
+    return settings(example(some_polls(test)))
+
+
+@whatever_chips_do
+def test_no_chip_is_healthy_under_two_ids(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """A Healthy card has its hardware's name and all its chips, at all times."""
+    for step in take_steps(identified, polls):
+        for card in step.new.cards:
+            if card.verdict.health == "Healthy":
+                size = 2 if card.model == "p300" else 1
+                owners = [step.owners.get(chip.pci) for chip in card.chips]
+                assert owners == [name_of(card)] * size
+
+
+@whatever_chips_do
+def test_every_chip_is_listed_and_no_id_twice(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """A chip can be in two cards: a lost card keeps those that it had."""
+    for step in take_steps(identified, polls):
+        ids = [card.id for card in step.new.cards]
+        assert len(set(ids)) == len(ids)
+        listed = {chip.pci for card in step.new.cards for chip in card.chips}
+        assert listed >= step.owners.keys()
+
+
+@whatever_chips_do
+def test_what_was_offered_stays(identified: Identified, polls: list[Poll]) -> None:
+    """It stays under its ID and resource until the plugin is restarted."""
+    for step in take_steps(identified, polls):
+        offered = {(card.id, card.resource) for card in step.old.cards if card.resource}
+        assert offered <= {(card.id, card.resource) for card in step.new.cards}
+
+
+@whatever_chips_do
+def test_the_order_of_reading_means_nothing(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """Chips are found and read in any order."""
+    any_order = random.Random(4711)
+    for now, step in enumerate(take_steps(identified, polls)):
+        for _ in range(5):
+            any_order.shuffle(step.judged)
+            again = tt.next_snapshot(step.old, step.judged, tt.Settings(), now)
+            assert again == step.new
+
+
+@whatever_chips_do
+def test_all_is_well_when_nothing_is_wrong_any_more(
+    identified: Identified, polls: list[Poll]
+) -> None:
+    """No card keeps anything of what was wrong."""
+    *_, last = take_steps(identified, polls)
+    well = {name_of(card) for card in last.new.cards if card.verdict.kind == "ok"}
+    assert well == {name for _, name in NODE} - {NOT_PAIRED}
+
+
+# ---- Another vendor's discovery ----
+
+
+class Acme:
+    """Another vendor's discovery, as README's "For another vendor's card" asks for."""
+
+    def __init__(self, folder: Path, poll_seconds: float = 0.02) -> None:
+        self.dev_folder = str(folder)
+        self.there: list[int] = []  # N of each chip
+        self.reads = Counter[int]()  # by N: how many have begun
+        # N -> how many of its reads return; later ones hang until they are released.
+        self.reads_that_return: dict[int, int] = {}
+        self.released = threading.Event()
+        self.readings: list[tt.Reading] = []  # what the next reads say
+        self.find: Callable[[], object] = nothing  # called at each poll
+        self.look: Callable[[tt.Chip], object] = nothing  # called at each read
+        settings = tt.Settings(resource_domain="x.org", poll_seconds=poll_seconds)
+        self.inventory = tt.Inventory(settings, self)
+
+    def driver_version(self) -> str:
+        """There is none."""
+        return ""
+
+    def chips(self) -> list[tt.Chip]:
+        """The chips that are there."""
+        self.find()
+        return [chip for chip in map(self.chip_at, self.there) if chip]
+
+    def chip_at(self, index: int) -> tt.Chip | None:
+        """The chip that has this N now."""
+        chip = tt.Chip(f"0000:{index:02x}:00.0", index, 100 + index)
+        return chip if index in self.there else None
+
+    def unclaimed(self, known: set[str]) -> list[tt.JudgedChip]:
+        """There is none."""
+        return []
+
+    def read(self, chip: tt.Chip) -> tuple[tt.Chip, tt.Reading]:
+        """What a chip is, and how it is."""
+        self.reads[chip.index] += 1
+        self.look(chip)
+        if self.reads[chip.index] > self.reads_that_return.get(chip.index, 10**9):
+            assert self.released.wait(60)
+        known = replace(
+            chip,
+            dev="1:3",
+            arch="acme",
+            card_type="x1",
+            asic_id=f"{chip.index}",
+            unidentified="",
+        )
+        return known, self.readings.pop(0) if self.readings else tt.Reading()
+
+    def poll(self) -> dict[str, int]:
+        """Poll once. Returns how many cards have which kind of verdict."""
+        snapshot = self.inventory.poll(0.0)
+        return Counter(card.verdict.kind for card in snapshot.cards)
+
+    def poll_after_reads(self) -> dict[str, int]:
+        """Poll once each chip has been read with the present `look`."""
+        before = self.reads.copy()
+        # The next read may have begun already, but not the one that follows it.
+        wait_until(lambda: all(self.reads[n] >= before[n] + 2 for n in self.there))
+        return self.poll()
+
+    def close(self) -> None:
+        """Called when the test ends: all threads end."""
+        self.released.set()
+        self.inventory.stop()
+        for thread in threading.enumerate():
+            if thread.name == "poll":
+                thread.join(10)
+        self.find = nothing
+        self.there = []
+        self.inventory.poll(0.0)
+
+
+@pytest.fixture
+def acme(workdir: Path) -> Iterator[Acme]:
+    """A discovery that is polled and read fifty times a second."""
+    with contextlib.closing(Acme(workdir)) as made:
+        yield made
+
+
+def test_another_vendor_needs_only_another_discovery(workdir: Path, acme: Acme) -> None:
+    """Everything else works unchanged: the list, and what a Pod gets."""
+    acme.there = [1, 2, 3]
+    for index in acme.there:
+        (workdir / str(index)).symlink_to("/dev/null")
+    acme.poll()
+    shared = tt.Shared(acme.inventory, choose=tt.preferred_allocation)
+    plugin = tt.DevicePlugin(shared, "x.org/x1")
+
+    async def allocate(*ids: str) -> api.ContainerAllocateResponse:
+        one = api.ContainerAllocateRequest(devices_ids=ids)
+        request = api.AllocateRequest(container_requests=[one])
+        (answer,) = (await plugin.Allocate(request, None)).container_responses
+        return answer
+
+    answer = asyncio.run(allocate("acme-3", "acme-1"))
+    paths = [device.host_path for device in answer.devices]
+    assert paths == ["/dev/tenstorrent/1", "/dev/tenstorrent/3"]
+    assert answer.envs == {"PCIDEVICE_X_ORG_X1": "0000:01:00.0,0000:03:00.0"}
+
+    acme.there = [1, 2]
+    acme.poll()
+    expected = "x1 acme-1 1 +ok, x1 acme-2 2 +ok, x1 acme-3 3 -gone"
+    assert summary(acme.inventory.snapshot) == expected
+
+
+# ---- The threads that read and poll ----
+
+
+def test_new_chips_that_hang_hold_up_one_poll(acme: Acme, bound: Bound) -> None:
+    """Thirty of them together cost one poll 2 s, and nobody else anything."""
+    acme.there = [*range(32)]
+    acme.reads_that_return = dict.fromkeys(range(2, 32), 0)
+    for promised in (2.5, 0.1):
+        began = time.monotonic()
+        assert acme.poll() == {"ok": 2, "pending": 30}
+        bound(f"a poll within {promised} s", time.monotonic() - began, promised)
+
+
+def test_a_new_chip_that_hangs_is_offered_when_it_answers(acme: Acme) -> None:
+    """After a while it is reported as hanging, but not offered until it answers."""
+    acme.there = [1]
+    acme.reads_that_return = {1: 0}
+    wait_until(lambda: acme.poll() == {"read-hangs": 1})
+    assert not acme.inventory.snapshot.resources
+    acme.released.set()
+    assert acme.poll_after_reads() == {"ok": 1}
+    assert acme.inventory.snapshot.resources == ["x.org/x1"]
+
+
+@rows(
+    "poll_seconds, polls",
+    """
+    each second       1    5
+    ten times in one  0.1  50
+    each minute       60   2
+    """,
+)
+def test_a_read_hangs_if_it_takes_five_seconds(
+    workdir: Path, poll_seconds: str, polls: str
+) -> None:
+    """A shorter read is no fault.
+
+    Polls (at least two) are counted, not seconds, so a stopped process blames nobody.
+    """
+    with contextlib.closing(Acme(workdir, float(poll_seconds))) as acme:
+        acme.there = [1]
+        acme.reads_that_return = {1: 1}
+        assert acme.poll() == {"ok": 1}
+        for _ in range(int(polls) - 1):
+            assert acme.poll() == {"ok": 1}
+        assert acme.poll() == {"read-hangs": 1}
+
+
+def test_a_chip_is_read_at_most_once_per_poll_interval(acme: Acme) -> None:
+    """Its thread reads at its own pace, and pauses in between."""
+    times: list[float] = []
+
+    def note(chip: tt.Chip) -> None:
+        times.append(time.monotonic())
+
+    acme.look = note
+    acme.there = [1]
+    acme.poll()
+    acme.poll_after_reads()
+    acme.poll_after_reads()
+    assert all(later - earlier >= 0.02 for earlier, later in itertools.pairwise(times))
+
+
+def test_no_reading_between_two_polls_is_lost(acme: Acme) -> None:
+    """A reset can begin and end there: its chip has to prove itself again."""
+    beats = [tt.Reading(1), tt.Reading(2)]
+    acme.readings = [*beats, tt.Reading(fault="resetting")]
+    acme.there = [1]
+    assert acme.poll() == {"ok": 1}
+    assert acme.poll_after_reads() == {"resetting": 1}
+
+
+def test_a_removal_beside_hanging_chips_is_known_within_a_poll(
+    workdir: Path, bound: Bound
+) -> None:
+    """Six chips hang, and a seventh one is removed: streams are woken for it."""
+
+    async def remove_one(acme: Acme) -> float:
+        def six_hang() -> bool:
+            return all(acme.reads[n] == 2 for n in range(6))
+
+        acme.inventory.start(asyncio.get_running_loop())
+        await asyncio.to_thread(wait_until, six_hang)
+        removed = time.monotonic()
+        acme.there = [*range(6)]
+        last = None
+        while not last or last.verdict.kind != "gone":
+            await asyncio.wait_for(acme.inventory.changed.wait(), 10)
+            *_, last = acme.inventory.snapshot.cards
+        acme.inventory.stop()
+        return time.monotonic() - removed
+
+    with contextlib.closing(Acme(workdir, poll_seconds=1.0)) as acme:
+        acme.there = [*range(7)]
+        acme.reads_that_return = dict.fromkeys(range(6), 1)
+        seconds = asyncio.run(remove_one(acme))
+    bound("removed beside six hanging chips: in the snapshot", seconds, 1.1)
+
+
+def test_a_defect_costs_its_chip_only(
+    acme: Acme, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its traceback is logged once. The card stays Healthy: nobody knows better."""
+    acme.there = [1, 2]
+    acme.poll()
+    acme.look = lambda chip: 1 // (chip.index - 1)
+    for _ in range(2):
+        assert acme.poll_after_reads() == {"ok": 1, "unreadable": 1}
+    (record,) = caplog.records
+    assert record.getMessage() == "chip 0000:01:00.0 cannot be read"
+    assert "\nTraceback" in caplog.text
+    card, _ = acme.inventory.snapshot.cards
+    assert card.verdict.health == "Healthy"
+    assert "ZeroDivisionError" in card.verdict.reason
+    acme.look = nothing
+    assert acme.poll_after_reads() == {"ok": 2}
+
+
+def test_a_reader_ends_when_its_chip_is_gone(acme: Acme) -> None:
+    """No chip's thread outlives it."""
+    before = set(threading.enumerate())
+    acme.there = [*range(3)]
+    assert acme.poll() == {"ok": 3}
+    readers = set(threading.enumerate()) - before
+    assert len(readers) == 3
+    acme.there = []
+    assert acme.poll() == {"gone": 3}
+    for thread in readers:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+class PolledThread:
+    """A polling thread, what its discovery finds, and two callbacks."""
+
+    def __init__(self, acme: Acme, found: Sequence[list[int] | Exception]) -> None:
+        self.acme = acme
+        self.acme.find = self.find
+        self.found = deque(found)
+        self.reported: list[str] = []  # what the second callback was called with
+        self.woken = threading.Semaphore(0)  # how often a stream was woken
+        self.last = threading.Event()  # the last poll is under way
+        self.stopped = threading.Event()  # and may end
+        self.seconds = 0.0  # how long all polls before that took
+        self.acme.inventory.on_snapshot = [self.fail, self.report]
+
+    def find(self) -> None:
+        """Called at each poll."""
+        now = self.found.popleft()
+        if isinstance(now, Exception):
+            raise now
+        self.acme.there = now
+        if not self.found:
+            self.last.set()
+            assert self.stopped.wait(20)
+
+    def fail(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
+        """The first callback: it fails at each change, and says if a stream woke up."""
+        if old != new:
+            raise ValueError(f"woken: {self.woken.acquire(timeout=10)}")
+
+    def report(self, old: tt.Snapshot, new: tt.Snapshot) -> None:
+        """The second callback."""
+        self.reported.append(summary(new))
+
+    def run(self) -> None:
+        """Poll, with a stream that waits for news, until the last poll is under way.
+
+        The thread is asked to stop then. It does when that poll may end.
+        """
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+
+        async def stream() -> None:
+            while await self.acme.inventory.changed.wait():
+                self.woken.release()
+
+        task = asyncio.create_task(stream())
+        await asyncio.sleep(0)  # it waits now
+        began = time.monotonic()
+        self.acme.inventory.start(asyncio.get_running_loop())
+        assert await asyncio.to_thread(self.last.wait, 20)
+        self.seconds = time.monotonic() - began
+        self.acme.inventory.stop()
+        task.cancel()
+
+
+NO_FILES = OSError(errno.EMFILE, "")
+DEFECT = ValueError(1)
+# What each poll finds: the N of all chips, or an error.
+FOUND: list[list[int] | Exception] = [
+    [],  # the first snapshot is news: a stream wakes up, and the first callback fails
+    [1],  # so is this one
+    [1],  # nothing is new
+    NO_FILES,  # a warning
+    NO_FILES,  # nothing is new
+    [1],  # polls work again, and this is logged; nothing is new to streams
+    DEFECT,  # its traceback, and a warning
+    DEFECT,  # nothing is new
+    [1, 2],  # polls work again, and this is news: the first callback fails
+    [1],  # still running when the thread is asked to stop
+]
+
+
+@pytest.fixture
+def polled(acme: Acme, caplog: pytest.LogCaptureFixture) -> Iterator[PolledThread]:
+    """A polling thread that will find FOUND."""
+    caplog.set_level(logging.INFO)
+    thread = PolledThread(acme, FOUND)
+    yield thread
+    thread.stopped.set()
+
+
+def test_polls_pause_in_between(polled: PolledThread) -> None:
+    """They pause for --poll-seconds, even after a poll that failed."""
+    polled.run()
+    assert polled.seconds >= (len(FOUND) - 1) * 0.02
+
+
+def test_streams_are_woken_by_news_only(
+    polled: PolledThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They wake up before any callback runs."""
+    polled.run()
+    assert caplog.text.count("ValueError: woken: True") == 3
+    assert not polled.woken.acquire(blocking=False)
+
+
+def test_a_callback_that_fails_hurts_nobody(polled: PolledThread) -> None:
+    """The other callbacks run. A poll still running at shutdown is discarded."""
+    polled.run()
+    one = "x1 acme-1 1 +ok"
+    two = "x1 acme-1 1 +ok, x1 acme-2 2 +ok"
+    (thread,) = [each for each in threading.enumerate() if each.name == "poll"]
+    polled.stopped.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert polled.reported == ["", one, one, one, two]
+    assert summary(polled.acme.inventory.snapshot) == two
+
+
+def test_a_poll_that_fails_leaves_the_last_list(
+    polled: PolledThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The failure and the recovery are each logged once."""
+    polled.run()
+    levels = [record.levelname for record in caplog.records]
+    assert levels == [
+        *("ERROR", "ERROR"),  # the callback fails at the first two changes
+        *("WARNING", "INFO"),  # polls fail for lack of files; they work again
+        *("ERROR", "WARNING"),  # the traceback of a defect; polls fail
+        *("ERROR", "INFO"),  # the callback fails; polls work again
+    ]
+    problems = re.findall(
+        "cannot look for cards, the last list stands: (.*)", caplog.text
+    )
+    assert problems == ["OSError: [Errno 24] ", "ValueError: 1"]
+
+
 # ==== Section 6. serve(): what a plugin process does as a whole =======================
 
 # ---- Cards in trouble ----
@@ -2894,6 +2229,671 @@ def test_stops_while_nobody_reads_the_log(
     assert codes <= {"INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED"}
 
 
+# ==== Appendix A. Discovery: Tenstorrent's sysfs -> chips and readings ================
+
+# A chip that no heartbeat has to prove: its driver is older than 2.7.
+SILENT = replace(FIRST, heartbeat=False)
+UNREADABLE = "/proc/self/mem"  # a link to it: reading fails with EIO, also for root
+NONSENSE = (UNREADABLE, "", "\0\xff/..", "-1", "1" * 5000)
+# What no ASIC id or serial looks like: a dead bus, empty fuses, lower case, too short.
+NO_ID = ("F" * 16, "0" * 16, "0d0cb6f1e7a50001", "D0CB6F1E7A50001")
+
+
+class Driver:
+    """What discovery reads files through, with errors that only a driver makes."""
+
+    def __init__(self, tree: Tree) -> None:
+        settings = tt.Settings(sysfs_root=tree.sys, dev_root=tree.dev)
+        self.discovery = tt.TenstorrentDiscovery(settings, read=self.read)
+        self.errors: dict[str, int] = {}  # name of a file -> its errno
+        self.files: list[str] = []  # names of those that were read, in order
+        self.before_read: Callable[[str], object] = nothing  # called with the name
+
+    def read(self, path: str) -> str:
+        """Read a file, or fail."""
+        name = Path(path).name
+        self.before_read(name)
+        self.files.append(name)
+        if name in self.errors:
+            raise OSError(self.errors[name], "")
+        return tt.read_attribute(path)
+
+    def chip(self, index: int = 0) -> tt.Chip:
+        """The chip that has this N, not identified."""
+        chip = self.discovery.chip_at(index)
+        assert chip
+        return chip
+
+    def identify(self) -> tt.Chip:
+        """The chip that has N = 0, identified."""
+        chip, _ = self.discovery.read(self.chip())
+        return chip
+
+
+def probe_anew(tree: Tree, address: str) -> None:
+    """The driver makes the class device anew, with the same N and the same files."""
+    entry = tree.entry(address)
+    with tree.lock:
+        shutil.copytree(entry, tree.drafts / "new", symlinks=True)
+        entry.rename(tree.drafts / "old")
+        (tree.drafts / "new").rename(entry)
+
+
+@rows(
+    "file, fact, why_unidentified, without_file",
+    """
+    card type      tt_card_type             card_type  pending       pending
+    ASIC id        tt_asic_id               asic_id    unidentified
+    serial         tt_serial                serial
+    firmware       tt_fw_bundle_ver         firmware
+    device number  dev                      dev        pending       pending
+    architecture   device/device            arch       unidentified  unidentified
+    IOMMU          device/iommu_group/type  iommu
+    NUMA node      device/numa_node         numa_node
+    """,
+)
+def test_each_fact_of_a_chip_is_one_file(
+    workdir: Path, file: str, fact: str, why_unidentified: str, without_file: str
+) -> None:
+    """A file that is missing or makes no sense costs its fact only.
+
+    A missing ASIC id is no fault, because some drivers have none: the chip goes by its
+    PCI address.
+    """
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    bare = driver.chip()
+    whole, reading = driver.discovery.read(bare)
+    lacking: dict[str, Any] = {fact: getattr(bare, fact)}
+    if file == "dev":
+        reading = reading._replace(fault="no-node")
+
+    path = tree.entry(FIRST.pci) / file
+    nonsense = replace(whole, **lacking, unidentified=why_unidentified)
+    for text in NONSENSE + NO_ID * (file in ("tt_asic_id", "tt_serial")):
+        path.unlink()
+        if text == UNREADABLE:
+            path.symlink_to(UNREADABLE)
+        else:
+            tree.set(FIRST.pci, file, text.encode("latin-1"))
+        assert driver.discovery.read(bare) == (nonsense, reading), text
+    path.unlink()
+    missing = replace(whole, **lacking, unidentified=without_file)
+    assert driver.discovery.read(bare) == (missing, reading)
+
+
+def test_an_identified_chip_has_all_these_facts(workdir: Path) -> None:
+    """Each is read from sysfs."""
+    tree = Tree(workdir, [FIRST])
+    chip = Driver(tree).identify()
+    assert chip == tt.Chip(
+        FIRST.pci,
+        0,
+        inode=tree.entry(FIRST.pci).stat().st_ino,
+        pci_path=("pci0000:01",),
+        dev="1:3",
+        arch="wormhole",
+        card_type="n150",
+        asic_id=FIRST.asic_id,
+        serial=FIRST.serial,
+        firmware="80.17.0.0",
+        numa_node=0,
+        iommu="DMA-FQ",
+        unidentified="",
+    )
+
+
+# A text "E..." is the error that the read fails with. The last column is the fault if
+# the device node is wrong as well.
+@rows(
+    "text, heartbeat, fault, detail, fault_and_wrong_node",
+    """
+    it beats           5            5  -             -             no-node
+    no such file       ENOENT       -  -             -             no-node
+    all ones           4294967295   -  bus-dead      -             bus-dead
+    no number          N/A          -  unreadable    not a number  no-node
+    11 digits          10000000000  -  unreadable    not a number  no-node
+    a policy's EACCES  EACCES       -  unreadable    EACCES        no-node
+    firmware has none  ENODATA      -  no-heartbeat  -             no-node
+    detached           ENODEV       -  gone          -             gone
+    """,
+)
+def test_a_heartbeat_file_says_what_is_wrong(
+    workdir: Path,
+    text: str,
+    heartbeat: str,
+    fault: str,
+    detail: str,
+    fault_and_wrong_node: str,
+) -> None:
+    """A missing or wrong device node is reported only if nothing worse is."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    chip = driver.identify()
+    if text.startswith("E"):
+        driver.errors["tt_heartbeat"] = getattr(errno, text)
+    else:
+        tree.set(FIRST.pci, "tt_heartbeat", text)
+    beat = None if heartbeat == "-" else int(heartbeat)
+    _, reading = driver.discovery.read(chip)
+    assert reading == tt.Reading(beat, fault.strip("-"), detail.strip("-"))
+
+    for wrong_node in ("/dev/zero", "/dev", "nowhere"):
+        relink(tree.node(FIRST.pci), wrong_node)
+        _, reading = driver.discovery.read(chip)
+        assert reading.fault == fault_and_wrong_node, wrong_node
+        assert reading.heartbeat == beat, wrong_node
+
+
+def test_a_folder_is_no_device_node(workdir: Path) -> None:
+    """It is none even if it has the chip's device number."""
+    assert not tt.is_device_node(str(workdir), "0:0")
+
+
+@rows(
+    "unreadable, heals, fault",
+    """
+    no file can be read           tt_heartbeat,tt_card_type  no   resetting
+    the heartbeat alone can't     tt_heartbeat               no   no-heartbeat
+    a reset ends in between       tt_heartbeat               yes  resetting
+    """,
+)
+def test_a_reset_is_not_taken_for_firmware_without_a_heartbeat(
+    workdir: Path, unreadable: str, heals: str, fault: str
+) -> None:
+    """Both give ENODATA, but in a reset each file does."""
+    driver = Driver(Tree(workdir, [FIRST]))
+    chip = driver.identify()
+    driver.errors = dict.fromkeys(unreadable.split(","), errno.ENODATA)
+
+    def end_reset(name: str) -> None:
+        if name == "tt_card_type":
+            driver.errors.clear()
+
+    if heals == "yes":
+        driver.before_read = end_reset
+    _, reading = driver.discovery.read(chip)
+    assert reading == tt.Reading(None, fault)
+
+
+def test_a_dead_bus_is_reported_before_what_it_hides(workdir: Path) -> None:
+    """None of its files makes sense, but the card is not just unidentified."""
+    ones = "F" * 16
+    chip = replace(FIRST, card_type="unknown", asic_id=ones, serial=ones)
+    tree = Tree(workdir, [chip])
+    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
+    snapshot = inventory_of(tree).poll(0.0)
+    assert summary(snapshot) == f"- {FIRST.pci} 0 -bus-dead"
+
+
+def test_an_asic_id_is_waited_for_if_the_card_type_is_there(workdir: Path) -> None:
+    """The driver makes one file after the other."""
+    tree = Tree(workdir, [replace(FIRST, asic_id="")])
+    path = tree.entry(FIRST.pci) / "tt_asic_id"
+    driver = Driver(tree)
+
+    def appear(name: str) -> None:
+        if name == "tt_card_type" and name in driver.files:
+            path.write_text("A" * 16)
+
+    driver.before_read = appear
+    began = time.monotonic()
+    assert driver.identify().card_id == "wormhole-" + "A" * 16
+    assert time.monotonic() - began >= 0.1, "the driver may take that long"
+
+
+def test_an_asic_id_that_comes_late_is_taken(workdir: Path) -> None:
+    """Until then the card goes by its PCI address, as if its driver had no ASIC ids."""
+    tree = Tree(workdir, [replace(FIRST, asic_id="")])
+    driver = Driver(tree)
+    chip = driver.identify()
+    assert chip.card_id == FIRST.pci
+    tree.set(FIRST.pci, "tt_asic_id", f"{FIRST.asic_id}\n")
+    known, _ = driver.discovery.read(chip)
+    assert known.card_id == FIRST.id
+
+
+@rows(
+    "serial, unidentified",
+    """
+    its own             000004513190F004  -
+    not programmed      0000045100000000  no-serial
+    empty fuses         0000000000000000  unidentified
+    no such file        -                 unidentified
+    """,
+)
+def test_a_p300_without_a_serial_of_its_own_is_not_identified(
+    workdir: Path, serial: str, unidentified: str
+) -> None:
+    """Nobody knows which two chips are on one board."""
+    tree = Tree(workdir, [replace(P300[0], index=0, serial=serial.strip("-"))])
+    chip = Driver(tree).identify()
+    assert chip.unidentified == unidentified.strip("-")
+
+
+def test_a_serial_that_is_not_programmed_is_named(workdir: Path) -> None:
+    """No remedy is named, because neither a reset nor an update helps."""
+    serial = "0000045100000000"
+    chips = [replace(chip, heartbeat=False, serial=serial) for chip in P300]
+    snapshot = inventory_of(Tree(workdir, chips)).poll(0.0)
+    kinds = "- 0000:03:00.0 0 ?no-serial, - 0000:04:00.0 1 ?no-serial"
+    assert summary(snapshot) == kinds
+    reason = snapshot.cards[0].verdict.reason
+    assert f"{serial}, is not programmed" in reason
+    assert "tt-smi" not in reason
+
+
+# A driver before 2.7 makes neither heartbeat nor ASIC id.
+@pytest.mark.parametrize("chip", [FIRST, replace(SILENT, asic_id="")])
+def test_an_identified_chip_has_one_file_read(workdir: Path, chip: Chip) -> None:
+    """It is the heartbeat: before driver 2.7 any other read could oops the kernel."""
+    driver = Driver(Tree(workdir, [chip]))
+    known = driver.identify()
+    driver.files.clear()
+    open_files = len(os.listdir("/proc/self/fd"))
+    again, _ = driver.discovery.read(known)
+    assert again == known
+    assert driver.files == ["tt_heartbeat"]
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_firmware_is_read_again_after_a_reset_in_place(workdir: Path) -> None:
+    """It is not read while the bus is dead."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+    chip = driver.identify()
+    tree.set(FIRST.pci, "tt_fw_bundle_ver", "80.18.0.0\n")
+    driver.errors = dict.fromkeys(("tt_heartbeat", "tt_card_type"), errno.ENODATA)
+    resetting, _ = driver.discovery.read(chip)
+    assert resetting == replace(chip, firmware="")
+
+    driver.errors.clear()
+    tree.set(FIRST.pci, "tt_heartbeat", f"{0xFFFFFFFF}")
+    dead, _ = driver.discovery.read(resetting)
+    assert dead == resetting
+    tree.set(FIRST.pci, "tt_heartbeat", "5")
+    back, _ = driver.discovery.read(resetting)
+    assert back == replace(chip, firmware="80.18.0.0")
+
+
+def test_a_chip_that_is_probed_anew_is_identified_anew(workdir: Path) -> None:
+    """It is recognised by its folder's inode; the folder's timestamps mean nothing."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.set(FIRST.pci, "tt_serial", "A" * 16)
+    os.utime(tree.entry(FIRST.pci), (1, 1))
+    (card,) = inventory.poll(1.0).cards
+    assert card.chips[0].serial == FIRST.serial
+
+    probe_anew(tree, FIRST.pci)
+    (card,) = inventory.poll(2.0).cards
+    assert card.chips[0].serial == "A" * 16
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "vanished"])
+def test_what_is_read_while_n_is_taken_is_nothing(workdir: Path, taken: bool) -> None:
+    """If another chip takes N during the read, or N vanishes, the first one is gone."""
+    tree = Tree(workdir, [FIRST, SECOND])
+    link = tree.sys / "class/tenstorrent/tenstorrent!0"
+    driver = Driver(tree)
+
+    def go_away(name: str) -> None:
+        if name == "tt_card_type":
+            link.unlink()
+            if taken:
+                link.symlink_to(tree.entry(SECOND.pci))
+
+    driver.before_read = go_away
+    chip = driver.chip()
+    assert driver.discovery.read(chip) == (chip, tt.Reading(fault="gone"))
+
+
+def test_only_class_entries_that_lead_to_a_pci_function_are_chips(
+    workdir: Path,
+) -> None:
+    """The entry's name has the driver's form. The function may be below any bridge."""
+    tree = Tree(workdir, [FIRST])
+    folder = tree.sys / "class/tenstorrent"
+    bridges = ("pci10000:40", "10000:40:01.1", "10000:41:00.0")
+    below = tree.sys.joinpath("devices", *bridges, "10000:42:00.0")
+    below.mkdir(parents=True)
+    for name in (
+        "by-id",
+        *(f"tenstorrent!{n}" for n in ("", "x", "00", "0x", "1" * 7)),
+    ):
+        (folder / name).symlink_to(tree.entry(FIRST.pci))
+    (folder / "tenstorrent!2").symlink_to("nowhere")
+    for index, target in enumerate((str(below), "device", "/", ".."), start=13):
+        (folder / f"tenstorrent!{index}").mkdir()
+        (folder / f"tenstorrent!{index}/device").symlink_to(target)
+    found = inventory_of(tree).discovery.chips()
+    assert sorted((chip.index, chip.pci, chip.pci_path) for chip in found) == [
+        (0, FIRST.pci, ("pci0000:01",)),
+        (13, "10000:42:00.0", bridges),
+    ]
+
+
+def test_a_class_that_cannot_be_listed_is_an_error(workdir: Path) -> None:
+    """It is not taken for a node without cards."""
+    tree = Tree(workdir, [FIRST])
+    shutil.rmtree(tree.sys / "class")
+    (tree.sys / "class").symlink_to("class")
+    with pytest.raises(OSError, match="symbolic links"):
+        inventory_of(tree).discovery.chips()
+
+
+@rows(
+    "link, kind, driver",
+    """
+    another driver has it     drivers/vfio-pci     no-driver  vfio-pci
+    none has it               -                    no-driver  none
+    a driver of an odd name   drivers/driver       no-driver  driver
+    the driver's link dangles  drivers/{gone}      no-driver  {gone}
+    it is bound a moment ago  drivers/tenstorrent  pending    -
+    """,
+)
+def test_pci_functions_without_a_class_device_are_listed(
+    workdir: Path, link: str, kind: str, driver: str
+) -> None:
+    """They are listed with the driver that has them, and are not offered.
+
+    The right driver has one a moment before the device node is there.
+    """
+    tree = Tree(workdir, [SILENT, SECOND])
+    tree.remove(SECOND.pci, driver="x")
+    (tree.pci(SECOND.pci) / "driver").unlink()
+    if link != "-":
+        (tree.pci(SECOND.pci) / "driver").symlink_to(f"../../../bus/pci/{link}")
+    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
+    snapshot = inventory_of(tree).poll(0.0)
+    assert summary(snapshot) == f"n150 {FIRST.id} 0 +ok, - {SECOND.pci}  ?{kind}"
+    _, card = snapshot.cards
+    assert (f" is {driver}, not" in card.verdict.reason) == (kind == "no-driver")
+    assert card.chips[0].arch == "wormhole"
+
+
+def test_a_driver_that_lets_go_has_no_name(workdir: Path) -> None:
+    """The link to it may vanish at any moment: then it is "none", and not "driver"."""
+    tree = Tree(workdir, [SECOND])
+    tree.remove(SECOND.pci, driver="vfio-pci")
+    link = tree.pci(SECOND.pci) / "driver"
+    target = os.readlink(link)
+    discovery = inventory_of(tree).discovery
+    done = threading.Event()
+
+    def bind_and_unbind() -> None:
+        while not done.is_set():
+            link.unlink()
+            link.symlink_to(target)
+
+    with ThreadPoolExecutor(1) as pool:
+        binding = pool.submit(bind_and_unbind)
+        reasons = []
+        for _ in range(2000):
+            (listed,) = discovery.unclaimed(set())
+            reasons.append(listed.verdict.reason)
+        done.set()
+    binding.result()
+    names = {re.findall(r"driver is (\S+),", reason)[0] for reason in reasons}
+    assert names == {"none", "vfio-pci"}
+
+
+def test_a_card_without_its_driver_is_gone(workdir: Path) -> None:
+    """Its PCI function is still there, and is listed by its address."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.remove(FIRST.pci, driver="vfio-pci")
+    expected = f"n150 {FIRST.id} 0 -gone, - {FIRST.pci}  ?no-driver"
+    assert summary(inventory.poll(1.0)) == expected
+
+
+def test_a_pci_function_is_asked_for_its_vendor_once(workdir: Path) -> None:
+    """A host has hundreds of them, and each poll looks at all."""
+    tree = Tree(workdir, [SILENT])
+    tree.write(tree.sys / "bus/pci/devices/0000:99:00.0/vendor", "0x8086\n")
+    driver = Driver(tree)
+    for _ in range(3):
+        assert not driver.discovery.unclaimed({FIRST.pci})
+    assert driver.files == ["vendor", "vendor"]
+
+
+def test_a_pci_function_that_comes_later_is_listed(workdir: Path) -> None:
+    """It is found even though no driver takes it, so no class device has come."""
+    tree = Tree(workdir, [SILENT])
+    inventory = inventory_of(tree)
+    inventory.poll(0.0)
+    tree.write(tree.sys / "module/tenstorrent/version", "2.11.0\n")
+    tree.write(tree.sys / "bus/pci/devices/0000:98:00.0/vendor", "0x1e52\n")
+    inventory.poll(1.0)
+    assert inventory.snapshot.driver == "2.11.0"
+    expected = f"n150 {FIRST.id} 0 +ok, - 0000:98:00.0  ?no-driver"
+    assert summary(inventory.snapshot) == expected
+
+
+# ==== Appendix B. Health: what follows from one reading after another =================
+
+
+def test_readme_names_each_kind_of_verdict() -> None:
+    """Its table has each kind's health, for a card that was never offered."""
+    named = {}
+    for seen, verdict, _ in table("what the plugin sees, once a second"):
+        (kind, *_) = in_code(seen)
+        named[kind] = "pending" if verdict == "not offered" else verdict
+    assert named == {kind: health for kind, (health, _) in tt.KINDS.items()}
+
+
+# A poll is "t=9 beat=1 -> hung": the time in seconds, what is read, and the kind of the
+# verdict. "beat=1+" was seen to change during the read; "no-file" is a chip that has no
+# heartbeat. Any other word is the fault that is read, or why the chip is not
+# identified; without "->", the verdict has that kind, too.
+HEALTH_POLL = re.compile(r"t=([\d.]+)(?: ([a-z-]+))?(?: beat=(\d+)(\+?))?(?: -> (.+))?")
+NOT_IDENTIFIED = ("pending", "unidentified", "no-serial")
+HANGS = "t=0 beat=1+ -> ok; t=1 beat=1 -> ok; t=2 beat=1 -> ok; t=13 beat=1 -> hung"
+RESETS = "t=0 beat=1+ -> ok; t=1 resetting"
+
+
+def check_health(polls: str) -> None:
+    """Assert each poll's verdict on a chip that has appeared at t=0."""
+    history = tt.HealthHistory(1e6)
+    for poll in polls.split("; "):
+        match = HEALTH_POLL.fullmatch(poll)
+        assert match, poll
+        seconds, seen, beat, changed, kind = match.groups(default="")
+        now = 1e6 + float(seconds)
+        why_unidentified = seen if seen in NOT_IDENTIFIED else ""
+        is_fault = seen not in ("no-file", *NOT_IDENTIFIED)
+        chip = replace(FIRST, unidentified=why_unidentified)
+        reading = tt.Reading(
+            heartbeat=int(beat) if beat else None,
+            fault=seen if is_fault else "",
+            changed=changed == "+",
+        )
+        history.observe(reading, now)
+        verdict = history.verdict(chip, reading, now)
+        assert verdict.kind == (kind or seen), poll
+
+
+@rows(
+    "polls",
+    """
+    it changes, or begins anew  t=0 beat=4294967294+ -> ok; t=1 beat=0 -> ok;\
+ t=99 beat=7 -> ok; t=200 beat=3 -> ok
+    no file                     t=0 no-file -> ok; t=50 no-file -> ok;\
+ t=99 no-file -> ok; t=999 no-file -> ok
+    it has to change once       t=0 beat=1 -> hung; t=1 beat=1 -> hung;\
+ t=99 beat=1 -> hung; t=100 beat=2 -> ok
+    ... even if it comes later  t=0 no-file -> ok; t=9 beat=1 -> hung;\
+ t=10 beat=2 -> ok
+    ... or can be read later    t=0 unreadable; t=9 beat=1 -> hung; t=10 beat=2 -> ok
+    ... or is known later       t=0 pending beat=1; t=9 beat=1 -> hung;\
+ t=10 beat=2 -> ok
+    ... or at once              t=0 unreadable; t=9 beat=1+ -> ok
+    """,
+)
+def test_a_heartbeat_has_to_change_once(polls: str) -> None:
+    """A chip without a heartbeat is Healthy without that."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    equal for over 12 s        t=0 beat=1+ -> ok; t=4 beat=1 -> ok; t=8 beat=1 -> ok;\
+ t=12 beat=1 -> ok; t=12.1 beat=1 -> hung; t=99 beat=1 -> hung
+    ... and over 3 reads       t=0 beat=1+ -> ok; t=30 beat=1 -> ok;\
+ t=31 beat=1 -> ok; t=32 beat=1 -> hung
+    ... until 2 changes        {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
+ t=16 beat=3 -> ok
+    ... and again              {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
+ t=16 beat=2 -> hung; t=27 beat=2 -> hung; t=28 beat=3 -> hung; t=29 beat=4 -> ok
+    ... and its files go       {HANGS}; t=14 no-file -> gone; t=15 beat=2 -> hung
+    SIGSTOP is no silence      t=0 beat=1+ -> ok; t=1 beat=1 -> ok;\
+ t=600 beat=1 -> ok; t=600.1 beat=2 -> ok; t=601 beat=2 -> ok
+    """,
+)
+def test_a_heartbeat_that_stands_still_is_a_hang(polls: str) -> None:
+    """Two changes end it, because one can be the last."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    a reset until 1 change after  {RESETS}; t=2 beat=7 -> resetting;\
+ t=3 beat=7 -> resetting; t=4 beat=8 -> ok
+    ... in the first read         {RESETS}; t=2 beat=7+ -> ok
+    ... then its files go         {RESETS}; t=2 no-file -> resetting;\
+ t=3 beat=1 -> resetting; t=4 no-file -> gone
+    ... ends a hang               {HANGS}; t=14 resetting; t=15 beat=2 -> resetting;\
+ t=16 beat=3 -> ok
+    a dead bus until 1 change     t=0 beat=1+ -> ok; t=1 bus-dead;\
+ t=2 beat=1 -> bus-dead; t=3 beat=2 -> ok
+    """,
+)
+def test_a_reset_or_a_dead_bus_ends_when_the_heartbeat_changes(polls: str) -> None:
+    """Even a chip that hung before is Healthy then."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    gone until it is back          t=0 beat=1+ -> ok; t=1 gone; t=99 gone;\
+ t=100 beat=1 -> ok; t=101 no-file -> gone; t=102 beat=1 -> ok
+    no device node                 t=0 beat=1+ -> ok; t=1 no-node beat=2;\
+ t=14 no-node beat=3; t=15 beat=4 -> ok
+    ... while it hangs             t=0 beat=1+ -> ok; t=4 beat=1 -> ok;\
+ t=8 beat=1 -> ok; t=13 no-node beat=1; t=14 beat=1 -> hung
+    a read hangs until it returns  t=0 beat=1+ -> ok; t=2 read-hangs; t=99 read-hangs;\
+ t=100 beat=1 -> ok
+    ... is no equal read           t=0 beat=1+ -> ok; t=1 beat=1 -> ok;\
+ t=2 read-hangs; t=99 beat=1 -> ok; t=99.1 beat=1 -> hung
+    not readable is not dead       t=0 beat=1+ -> ok; t=1 unreadable; t=9 unreadable;\
+ t=99 unreadable; t=100 beat=1 -> ok
+    ... nor healed                 {HANGS}; t=14 unreadable -> hung;\
+ t=15 beat=3 -> hung; t=16 beat=4 -> ok
+    firmware has none              t=0 beat=1+ -> ok; t=1 no-heartbeat;\
+ t=99 no-heartbeat; t=100 beat=1 -> hung; t=101 beat=2 -> ok
+    ... since a reset              {RESETS}; t=2 no-heartbeat
+    """,
+)
+def test_other_faults_end_when_they_are_not_seen_any_more(polls: str) -> None:
+    """None of them heals a hang, or proves one."""
+    check_health(polls)
+
+
+@rows(
+    "polls",
+    f"""
+    no telemetry for 130 s  t=0 pending; t=130 pending;\
+ t=130.1 pending -> no-telemetry; t=132 beat=1+ -> ok
+    ... and a dead bus      t=0 bus-dead; t=200 pending -> no-telemetry
+    not identified          t=0 unidentified; t=999 unidentified; t=1000 beat=1+ -> ok
+    its serial is empty     t=0 no-serial; t=999 no-serial
+    a hang is remembered    {HANGS}; t=14 unidentified beat=2; t=15 beat=2 -> hung
+    """,
+)
+def test_an_unidentified_chip_has_the_kind_that_says_why(polls: str) -> None:
+    """Its verdict does not change until it is identified, except for `no-telemetry`."""
+    check_health(polls)
+
+
+# ---- A chip proves itself before it is Healthy ----
+
+
+def test_a_chip_that_hangs_before_the_start_is_not_healthy(
+    tree: Tree, bound: Bound
+) -> None:
+    """The chip beside it is Healthy in the first snapshot, which waits for both."""
+    tree.still.add(FIRST.pci)
+    tree.add(FIRST)
+    tree.add(SECOND)
+    began = time.monotonic()
+    snapshot = inventory_of(tree).poll(began)
+    seconds = time.monotonic() - began
+    bound("a first poll with a hung chip", seconds, 1.5)
+    assert seconds >= 1.1, "a chip that beats once a second must get its chance"
+    assert summary(snapshot) == f"n150 {FIRST.id} 0 -hung, n150 {SECOND.id} 1 +ok"
+
+
+def test_a_chip_that_is_probed_anew_proves_itself_anew(tree: Tree) -> None:
+    """After a reset it has another class device, but its heartbeat may be the same."""
+    tree.add(FIRST)
+    inventory = inventory_of(tree)
+    assert summary(inventory.poll(0.0)) == f"n150 {FIRST.id} 0 +ok"
+    tree.still.add(FIRST.pci)
+    probe_anew(tree, FIRST.pci)
+    assert summary(inventory.poll(1.0)) == f"n150 {FIRST.id} 0 -hung"
+
+
+def test_a_proof_takes_two_beats_at_most(four: Tree, bound: Bound) -> None:
+    """At ten beats a second, a start takes at most 0.2 s longer."""
+    began = time.monotonic()
+    snapshot = inventory_of(four).poll(began)
+    bound("four cards found and proven", time.monotonic() - began, 0.2)
+    assert [card.verdict.kind for card in snapshot.cards] == ["ok"] * 4
+
+
+def test_one_proof_is_enough(workdir: Path) -> None:
+    """Later reads read the heartbeat once. After a reset a chip proves itself again."""
+    tree = Tree(workdir, [FIRST])
+    driver = Driver(tree)
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert first.changed
+    driver.files.clear()
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert driver.files == ["tt_heartbeat"]
+    assert not second.changed
+
+    driver.files.clear()
+    _, after = tt.read_chip(driver.discovery, chip, tt.Reading(fault="resetting"))
+    assert driver.files == ["tt_heartbeat"] * 2
+    assert after.changed
+
+
+def test_a_chip_is_proven_as_soon_as_it_is_identified(workdir: Path) -> None:
+    """Before that, its heartbeat is read once, without waiting for a change."""
+    tree = Tree(workdir, [replace(FIRST, card_type="")])
+    driver = Driver(tree)
+    chip, first = tt.read_chip(driver.discovery, driver.chip(), tt.Reading())
+    assert driver.files.count("tt_heartbeat") == 1
+
+    def beat(name: str) -> None:
+        tree.beat()
+
+    driver.before_read = beat
+    tree.set(FIRST.pci, "tt_card_type", "n150\n")
+    _, second = tt.read_chip(driver.discovery, chip, first)
+    assert second.changed
+
+
 # ==== Appendix C. Guards: one plugin per node; no chip for two Pods ===================
 
 # ---- Instances ----
@@ -3072,6 +3072,7 @@ def test_without_cards_one_instance_stands_by(
     first = launch(tree, kubelet, HTTP)
     first.wait_for_line("waiting for some")
     second = launch(tree, kubelet, HTTP)
+    second.wait_for_line("waiting for some")  # its first poll has ended
     assert STANDING_BY in fetch(second, "/readyz")[1]
     first.end()
 
@@ -4697,6 +4698,12 @@ def test_pods_are_given_no_cdi_name(
     assert not answer["annotations"]
 
 
+def written(path: Path) -> tuple[int, int]:
+    """What changes if a file is written anew."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
 def test_one_without_the_lock_leaves_the_files_alone(
     kubelet: Kubelet, four: Tree, launch: Launch, kept: list[Path]
 ) -> None:
@@ -4704,7 +4711,7 @@ def test_one_without_the_lock_leaves_the_files_alone(
     launch(four, kubelet, *keep_flags(kept), FAST, offers=4)
     for path in kept:
         wait_until(path.exists)
-    before = [path.stat() for path in kept]
+    before = [written(path) for path in kept]
     elsewhere = four.root / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "device-plugins").touch()  # no folder, so it cannot be locked
@@ -4714,7 +4721,7 @@ def test_one_without_the_lock_leaves_the_files_alone(
         other.wait_for_line("cannot lock .*: Not a directory")
         other.wait_for_line(f"{FOURTH.id} .* is Healthy")
         assert other.end()[0] == 0
-    assert [path.stat() for path in kept] == before
+    assert [written(path) for path in kept] == before
 
 
 def test_one_that_stands_by_leaves_the_files_alone(
@@ -4725,14 +4732,14 @@ def test_one_that_stands_by_leaves_the_files_alone(
     first = launch(four, kubelet, *flags, offers=4)
     for path in kept:
         wait_until(path.exists)
-    before = [path.stat() for path in kept]
+    before = [written(path) for path in kept]
     other = launch(four, kubelet, *flags, HTTP)
     other.wait_for_line(STANDING_BY)
     other.wait_for_line(f"{FIRST.id} .* is Healthy")
     status, text = fetch(other, "/readyz")
     assert status == 200
     assert text.startswith("another instance serves")
-    assert [path.stat() for path in kept] == before
+    assert [written(path) for path in kept] == before
     first.end()
     for path in kept:
         wait_until(path.exists)
