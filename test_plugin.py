@@ -3185,7 +3185,7 @@ def test_udevs_links_may_come_later_and_be_away(
     kubelet.start_container("pod")
     (tree.by_id / one.id).unlink()
     kubelet.pre_start(resource, [P300_ID])  # the runtime would try again
-    relink(tree.by_id / other.id, "../7")  # udev is late: nothing is there
+    (tree.by_id / one.id).symlink_to("../7")  # udev is late: nothing is there
     kubelet.pre_start(resource, [P300_ID])
 
 
@@ -3231,15 +3231,17 @@ def held(
 
 
 # What a container was given of the first card: a path, its N inside, and what else.
+# "late": the card's link still leads to the other card.
 @rows(
     "path, inside, also, why",
     """
     its node is as before       1             1
     its link, another N inside  by-id/FIRST   0  -
-    ... and huge pages          by-id/FIRST   0  pages  both would use the same huge
+    ... and huge pages          by-id/FIRST   0  pages  it is /dev/tenstorrent/0 in
     huge pages, N as before     by-id/FIRST   1  pages
-    ... and a CDI name          by-id/FIRST   0  cdi    the CDI name that the Pod was
+    a CDI name, another N       by-id/FIRST   0  cdi    it was /dev/tenstorrent/0 when
     a CDI name, N as before     by-id/FIRST   1  cdi
+    its link leads elsewhere    by-id/FIRST   1  late   it was /dev/tenstorrent/by-id/
     another card's node         0             0  -      it was /dev/tenstorrent/0 when
     another card's link         by-id/SECOND  0  -      it was /dev/tenstorrent/by-id/
     a node that is gone         7             7  -      it was /dev/tenstorrent/7 when
@@ -3257,6 +3259,8 @@ def test_what_was_given_must_still_be_right(
         answer["mounts"] = [api.Mount(host_path="/dev/hugepages-1G")]
     if also == "cdi":
         answer["cdi_devices"] = [api.CDIDevice(name="tenstorrent.com/card=0")]
+    if also == "late":
+        relink(swapped.by_id / FIRST.id, "../0")
     own = held(R150, FIRST.id, pod="own", paths=[path], inside=inside, **answer)
 
     snapshot = snapshot_of(swapped)
@@ -3353,8 +3357,11 @@ def test_a_card_of_another_plugins_pod_waits_for_its_end(
     kubelet.start_container("newer")
 
 
-def test_containers_of_one_pod_share_cards(kubelet: Kubelet, plugin: Plugin) -> None:
+def test_containers_of_one_pod_share_cards(
+    kubelet: Kubelet, two: Tree, launch: Launch
+) -> None:
     """An init container may have had more of them (kubelet contract 8)."""
+    launch(two, kubelet, offers=2)
     ids = kubelet.admit("pod", {R150: 2}, container="init")["ids"][R150]
     kubelet.admit("pod", {R150: 1}, {R150: ids[:1]})
     for _ in range(2):
@@ -3376,9 +3383,10 @@ def test_containers_of_one_pod_share_cards(kubelet: Kubelet, plugin: Plugin) -> 
     another's node                 0             0             -            no
     both nodes                     0 1           0 1           -            yes
     no card of Tenstorrent's       GPU-1         /dev/nvidia1  -            no
-    an ID of earlier, its address  p300-1        0             FIRST        yes
+    an ID of earlier, its address  p300-1        0             FIRST         yes
     ... as one of two addresses    p300-1        0             FIRST SECOND  yes
-    ... another's address          p300-1        1             SECOND       no
+    ... another's address          p300-1        1             SECOND        no
+    ... beside one that is there   p300-1 SECOND  0            FIRST SECOND  yes
     """,
 )
 def test_who_holds_a_card(
@@ -3400,6 +3408,28 @@ def test_who_holds_a_card(
     cards = [snapshot.of(R150)[FIRST.id]]
     problem = tt.find_conflict(discovery_of(swapped), snapshot, R150, cards, [other])
     assert ("Pod other holds it as" in problem) == (holds == "yes"), problem
+
+
+@rows(
+    "kind, holds",
+    """
+    a card that is there     ok         no
+    gone                     gone       yes
+    back, not identified     returning  yes
+    its chip has another ID  replaced   yes
+    """,
+)
+def test_an_id_of_earlier_may_still_be_listed(
+    swapped: Tree, kind: str, holds: str
+) -> None:
+    """By the address, it may be this card that another Pod holds as a p300."""
+    snapshot = snapshot_of(swapped)
+    card = snapshot.of(R150)[FIRST.id]
+    listed = replace(card, id=P300_ID, verdict=tt.Verdict("", kind, ""))
+    snapshot = replace(snapshot, cards=(*snapshot.cards, listed))
+    other = held(R300, P300_ID, envs={"PCIDEVICE_X": FIRST.pci})
+    problem = tt.find_conflict(discovery_of(swapped), snapshot, R150, [card], [other])
+    assert (f"holds it as {P300_ID}" in problem) == (holds == "yes"), problem
 
 
 def test_a_chip_of_a_card_is_held_by_its_own_id(workdir: Path) -> None:
