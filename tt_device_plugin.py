@@ -514,6 +514,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         self.inventory = shared.inventory
         self.resource = resource
         self.stream_task: asyncio.Task[Any] | None = None
+        self.opened_at = 0.0  # time.monotonic() when that stream was opened
         self.closing = False  # set to end all streams
 
     async def GetDevicePluginOptions(
@@ -530,6 +531,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         """Send the list at once, and again when it has changed."""
         if self.stream_task is None:
             self.stream_task = asyncio.current_task()
+            self.opened_at = time.monotonic()
         sent = None
         while not self.closing:
             # The event before the snapshot: so a change in between is not missed.
@@ -606,8 +608,8 @@ class DevicePlugin(rpc.DevicePluginServicer):
 
 # ==== 4. Registration: serve, register, expect the stream, wait for its end, again ====
 # Whatever goes wrong, the stream ends, so the plugin watches only the stream. Two
-# failures show nowhere else: - A kubelet drops a stream and keeps running. - When an
-# old stream of a resource ends, a kubelet up to 1.36 disconnects the new one of   that
+# failures show nowhere else. A kubelet drops a stream and keeps running. And when an
+# old stream of a resource ends, a kubelet up to 1.36 disconnects the new one of that
 # resource as well (kubernetes devicemanager/plugin/v1beta1/handler.go).
 
 # How often to look for the kubelet and to try the lock. The goal is to be registered
@@ -850,11 +852,10 @@ class Registrar:
             problem = await self._wait_for_stream(plugin, kubelet_id)
             if plugin.stream_task is None:
                 return Outcome("no-stream", problem)
-            opened = time.monotonic()
             self._streams[resource] = plugin.stream_task
             self._report_registration(resource, endpoint, cause)
             await asyncio.wait([plugin.stream_task])
-            open_s = time.monotonic() - opened
+            open_s = time.monotonic() - plugin.opened_at
             about = {"resource": resource}
             text = "the kubelet's stream of %s has ended: registering again"
             log.warning(text, resource, extra=about)

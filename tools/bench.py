@@ -264,7 +264,7 @@ class Registered:
 
     def drop_the_stream(self) -> float:
         """It has lasted a second: after shorter ones the plugin takes its time."""
-        time.sleep(1)
+        time.sleep(1.1)
         mark = self.kubelet.log.mark()
         dropped = drop(self.kubelet)
         return self.kubelet.wait_status(N150, 4, 4, after=mark) - dropped
@@ -379,7 +379,7 @@ def bench_fault(bed: Testbed) -> Iterator[Figure]:
     poll_s = 0.1 if bed.quick else 1.0
     tree = bed.tree(4)
     kubelet = bed.kubelet()
-    bed.keep_beating(tree)
+    bed.enter_context(tree.beating())  # also the card that comes back
     first, *_ = tree.chips.values()
     bed.plugin(bed.module(), tree, kubelet, f"--poll-seconds={poll_s}")
     kubelet.wait_status(N150, 4, 4, timeout=30)
