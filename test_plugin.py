@@ -41,7 +41,6 @@ import base64
 import calendar
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import http.client
@@ -59,7 +58,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 import zipfile
@@ -2083,40 +2081,6 @@ def test_one_that_stood_by_leaves_all_to_the_holder(
     assert kubelet.plugin_sockets() == sockets
     assert are_kept(tmp_path)
     assert holder.process.poll() is None
-
-
-def test_one_that_never_held_the_lock_leaves_files_alone(
-    kubelet: Kubelet,
-    four: Tree,
-    launch: Launch,
-    bound: Bound,
-    tmp_path: Path,
-    keep: list[str],
-) -> None:
-    """Those of another instance: it neither writes nor removes them."""
-    for name in KEPT:
-        (tmp_path / name).write_text("another instance's")
-    kubelet.root.mkdir()
-    kubelet.folder.touch()  # no folder, so it cannot be locked
-    plugin = launch(four, kubelet, *keep)
-    plugin.wait_for_line("cannot lock .*: Not a directory")
-    stop(plugin, bound)
-    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert texts == dict.fromkeys(KEPT, "another instance's")
-
-
-def test_a_dry_run_says_why_its_plugin_ended() -> None:
-    """Not that there was no answer in time."""
-
-    async def end() -> None:
-        raise tt.CannotWork("it may make no sockets")
-
-    async def main() -> None:
-        plugin = asyncio.create_task(end())
-        await tt.next_request(tt.DryRunKubelet(), plugin)
-
-    with pytest.raises(tt.CannotWork, match="it may make no sockets"):
-        asyncio.run(main())
 
 
 def handles_sigterm(plugin: Plugin) -> bool:
@@ -5061,32 +5025,6 @@ def test_list_in_columns(mixed: Tree) -> None:
     no_node, no_driver = below
     assert "device node /dev/tenstorrent/2 is missing" in no_node
     assert "vfio-pci" in no_driver
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_list_that_nobody_reads_ends_by_a_signal(
-    tmp_path: Path, bound: Bound, how: signal.Signals
-) -> None:
-    """It ends at once, with exit code 0, and leaves no file of made-up cards."""
-    reader, writer = os.pipe()
-    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-    command = [*COMMAND, "--fake=n150=40", "--list", "--json"]
-    env = environment(TMPDIR=str(tmp_path))
-    with contextlib.closing(Plugin(command, stdout=writer, env=env)) as plugin:
-        os.close(writer)
-        wait_until(lambda: unread(reader) == size)
-        code, seconds = plugin.end(how)
-        os.close(reader)
-    assert code == 0
-    assert not plugin.lines()
-    bound(f"{how.name} to the end of --list", seconds, 1.0)
-    assert not os.listdir(tmp_path)
-
-
-def unread(pipe: int) -> int:
-    """How many bytes wait in a pipe."""
-    answer = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
-    return int.from_bytes(answer, sys.byteorder)
 
 
 # ---- --dry-run ----
