@@ -33,8 +33,8 @@ What this plugin adds to that:
   flag or the driver has given the chip's card another ID or resource: the plugin looks
   it up in the kubelet's own record, as long as that can be read.
 - A chip with a heartbeat becomes Healthy only once the heartbeat has changed.
-- Missing information makes no card Unhealthy: a chip without a heartbeat, or with one
-  that cannot be read, is Healthy.
+- Unknown is not dead: a chip that has no heartbeat, or one that cannot be read, is
+  Healthy.
 - A read of a chip that hangs affects only its own card. No call waits for one. A poll
   waits only for the first reads of new chips, for 2 s at most.
 
@@ -143,10 +143,7 @@ class Settings:
 
 
 class CannotWork(Exception):
-    """The plugin cannot start or go on.
-
-    The text names the folder, the user and the remedy.
-    """
+    """The plugin cannot start or go on. The text says why, and what to do."""
 
 
 class LogOnChange:
@@ -199,8 +196,8 @@ class ClassDevice:
 class Chip:
     """Facts about one chip. A text is "" where the fact is not known.
 
-    They are read until the chip is identified; then only `firmware` is read again, and
-    an ASIC id that comes late.
+    They are read until the chip is identified, and again if an ASIC id comes late.
+    `firmware` is read again after a reset.
     """
 
     pci: str  # PCI address, 0000:01:00.0
@@ -301,13 +298,13 @@ class Snapshot:
         return sorted({card.resource for card in self.cards if card.resource})
 
 
-# ==== 3. The DevicePlugin service: five calls, answered from the newest snapshot ======
+# ==== 3. The DevicePlugin service: the calls that the kubelet makes ===================
 # The kubelet sets no time limit on most calls, and a slow answer stalls the admission
 # of every Pod on the node. So calls look only at links, folders and device nodes, which
 # never block. The one file that they need, the kubelet's record, is read in a thread.
 
 HUGEPAGES = "/dev/hugepages-1G"  # where tt-umd wants 1 GiB pages (its hugepage.cpp)
-# Announced twice: kubelet 1.20 takes them from Register, later ones call
+# Announced twice: kubelets up to 1.24 take them from Register, later ones call
 # GetDevicePluginOptions.
 OPTIONS = api.DevicePluginOptions(
     pre_start_required=True, get_preferred_allocation_available=True
@@ -1049,7 +1046,7 @@ def describe_absent(
     remedy = "reset the card with tt-smi -r, and look for both in lspci -d 1e52:"
     if not absent and unidentified_at:
         others = ", ".join(unidentified_at)
-        return f"the other one may be {others}, which is not identified"
+        return f"the other one may be here, not identified: {others}"
     if not absent:
         return f"the other one is missing: {remedy}"
     pci = absent[0].pci
@@ -1176,8 +1173,8 @@ def next_snapshot(
     return replace(old, cards=tuple(sorted(cards, key=place)), polled=True)
 
 
-# If no read has returned for this long, the driver hangs. It is counted in polls, at
-# least two.
+# If no read has returned for this long, the driver hangs. See ChipReader for how it is
+# counted.
 READ_HANGS_S = 5.0
 # How long a poll waits for the first reads of new chips, for all of them together.
 FIRST_READS_S = 2.0
@@ -1196,8 +1193,8 @@ class ChipReader:
         self.history = HealthHistory(now)
         self.has_read = threading.Event()  # the first read has returned
         self.polls_since_read = 0
-        # In polls, not seconds: after this process was stopped, the clock has jumped,
-        # and no read was late. At least two, as polls and reads are not in step.
+        # In polls, not seconds: while this process is stopped, time.monotonic() goes
+        # on, and nothing runs. At least two, as polls and reads are not in step.
         self._hanging_polls = max(2, math.ceil(READ_HANGS_S / interval))
         self._chip = chip
         self._reading = Reading()
@@ -1289,8 +1286,8 @@ class Inventory:
         known = {member.chip.pci for member in judged}
         judged += self.discovery.unclaimed(known)
 
-        old = replace(self.snapshot, driver=self.discovery.driver_version())
-        self._publish(next_snapshot(old, judged, self.settings, now))
+        new = next_snapshot(self.snapshot, judged, self.settings, now)
+        self._publish(replace(new, driver=self.discovery.driver_version()))
         return self.snapshot
 
     def _start_and_end_readers(
@@ -1306,8 +1303,7 @@ class Inventory:
             self.readers[device] = reader
             new.append(reader)
 
-        # Counted, not timed: while the process is stopped, time passes, and no thread
-        # runs. All readers together have these steps.
+        # Counted, not timed, as above. All readers together have these steps.
         step = 0.05
         steps = round(FIRST_READS_S / step)
         for reader in new:
@@ -1815,8 +1811,8 @@ def make_verdict(kind: str, **facts: object) -> Verdict:
 # A chip hangs if its heartbeat stays the same for longer than this: the firmware's own
 # watchdog takes 10 s (auto_reset_timeout in tt-kmd module.c).
 HEARTBEAT_S = 12.0
-# And it must be read as the same at least this many times: after this process was
-# stopped, the clock has jumped.
+# And it must be read as the same at least this many times: while this process is
+# stopped, time.monotonic() goes on, and nothing runs.
 HEARTBEAT_READS = 3
 # How long after a chip appears its telemetry may still come: the driver asks for it 120
 # times, once a second (tt-kmd wormhole.c, since 2.4.0).
