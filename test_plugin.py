@@ -1063,7 +1063,7 @@ def check_cards(polls: str, expected: str, reason: str) -> None:
     half a p300 is no card      a                - P300 0 ?half\
   only 0000:03.*; the other one is missing
     ... the other not known     a b?             - P300 0 ?half,\
- - 0000:04:00.0 1 ?pending  ; the other one may be 0000:04.*, which is not id
+ - 0000:04:00.0 1 ?pending  ; the other one may be here, not identified: 0000:04
     it loses a half             a b; a           p300 P300 0,1 -half\
   only 0000:03.*; the other one, 0000:04.*, is missing
     ... then the other          a b; a; b        p300 P300 0,1 -half\
