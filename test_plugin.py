@@ -2712,6 +2712,8 @@ def test_a_heartbeat_has_to_change_once(polls: str) -> None:
  t=12 beat=1 -> ok; t=12.1 beat=1 -> hung; t=99 beat=1 -> hung
     ... and in 3 reads         t=0 beat=1+ -> ok; t=30 beat=1 -> ok;\
  t=31 beat=1 -> ok; t=32 beat=1 -> hung
+    ... since it last changed  t=0 beat=1+ -> ok; t=99 beat=2 -> ok;\
+ t=100 beat=2 -> ok; t=101 beat=2 -> ok; t=102 beat=2 -> ok; t=111.1 beat=2 -> hung
     ... until 2 changes        {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
  t=16 beat=3 -> ok
     ... and again              {HANGS}; t=14 beat=2 -> hung; t=15 beat=2 -> hung;\
