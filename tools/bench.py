@@ -115,7 +115,7 @@ def bench_start(bed: Testbed) -> Iterator[Figure]:
     """Process start to Register, and CPU time: a busy machine stretches only one."""
     launchers = bed.launchers()
     tree = bed.tree(4)
-    bed.keep_beating(tree)
+    bed.enter_context(tree.beating())
     kubelet = bed.kubelet()
     imports = Times()
     times = {name: Times() for name in ("empty", *launchers)}
@@ -149,7 +149,7 @@ def bench_memory(bed: Testbed) -> Iterator[Figure]:
     """What a process holds that has four cards registered and has answered a call."""
     launchers = bed.launchers()
     tree = bed.tree(4)
-    bed.keep_beating(tree)
+    bed.enter_context(tree.beating())
     kubelet = bed.kubelet()
     empty = []
     found: dict[str, list[dict[str, float]]] = {name: [] for name in launchers}
@@ -216,7 +216,7 @@ def time_calls(
     bed: Testbed, address: str, tree: Tree, resource: str, size: int
 ) -> Iterator[Figure]:
     """Both calls for so many cards of this node. `address` is the empty server's."""
-    bed.keep_beating(tree)
+    bed.enter_context(tree.beating())
     kubelet = bed.kubelet()
     count = len(tree.chips)
     # Reading its log in this process would hold up its client.
@@ -258,7 +258,7 @@ class Registered:
         self.launcher = bed.module()
         self.tree = bed.tree(4)
         self.kubelet = bed.kubelet()
-        bed.keep_beating(self.tree)
+        bed.enter_context(self.tree.beating())
         self.holder = bed.plugin(self.launcher, self.tree, self.kubelet)
         self.kubelet.wait_status(N150, 4, 4, timeout=30)
 
@@ -341,7 +341,7 @@ def bench_growth(bed: Testbed) -> Iterator[Figure]:
     The first hundred warm up.
     """
     tree = bed.tree(4)
-    bed.keep_beating(tree)
+    bed.enter_context(tree.beating())
     kubelet = bed.kubelet()
     server, address = bed.empty_server()
     plugin = bed.plugin(bed.module(), tree, kubelet)
@@ -379,7 +379,7 @@ def bench_fault(bed: Testbed) -> Iterator[Figure]:
     poll_s = 0.1 if bed.quick else 1.0
     tree = bed.tree(4)
     kubelet = bed.kubelet()
-    bed.enter_context(tree.beating())  # also the card that comes back
+    bed.enter_context(tree.beating())
     first, *_ = tree.chips.values()
     bed.plugin(bed.module(), tree, kubelet, f"--poll-seconds={poll_s}")
     kubelet.wait_status(N150, 4, 4, timeout=30)
@@ -482,7 +482,7 @@ def bench_idle(bed: Testbed) -> Iterator[Figure]:
     for count in (4, 32):
         tree = bed.tree(count)
         kubelet = bed.kubelet()
-        bed.keep_beating(tree)
+        bed.enter_context(tree.beating())
         pids[count] = bed.plugin(bed.module(), tree, kubelet).process.pid
         kubelet.wait_status(N150, count, count, timeout=30)
 
